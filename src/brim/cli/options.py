@@ -1,0 +1,56 @@
+"""What several verbs share: the options of a recipe, and which recipe they mean."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from brim.errors import RecipeError
+from brim.hardware import Device
+from brim.models import ModelSpec, describe
+from brim.recipe import Recipe
+
+Source = Annotated[
+    str, typer.Argument(metavar="MODEL|RECIPE", help="A model's name, Hub id, directory or .gguf; or a recipe.toml.")
+]
+DeviceName = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Memory = Annotated[str | None, typer.Option(help="Use at most this much, as 24GiB.")]
+Method = Annotated[str | None, typer.Option(help="full or lora.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens of a row.")]
+MicroBatchSize = Annotated[int | None, typer.Option(help="Rows that go through the model at once.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, as precision.weights=fp32.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def budget_of(device: Device, cap: int | None) -> int:
+    """Bytes that a run may use: what is free now, or what the user said."""
+    return device.memory_free_bytes if cap is None else device.memory_bytes
+
+
+def recipe_of(
+    source: str,
+    *,
+    method: str | None,
+    seq_len: int | None,
+    micro_batch_size: int | None,
+    settings: list[str] | None,
+) -> tuple[Recipe, ModelSpec]:
+    """The recipe that the options mean, and the description of its model."""
+    recipe = _start(source)
+    named = {"method": method, "seq_len": seq_len, "micro_batch_size": micro_batch_size}
+    named_settings = [f"{key}={value}" for key, value in named.items() if value is not None]
+    recipe = recipe.with_settings([*named_settings, *(settings or [])])
+    return recipe, describe(recipe.model)
+
+
+def _start(source: str) -> Recipe:
+    if source.endswith(".toml"):
+        return Recipe.from_toml(Path(source))
+    spec = describe(source)
+    positions = int(spec.config.get("max_position_embeddings") or spec.config.get("n_positions") or 1024)
+    try:
+        return Recipe(model=source, task=spec.task, seq_len=min(1024, positions))
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from None

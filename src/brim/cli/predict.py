@@ -1,0 +1,84 @@
+"""`brim predict`: the ledger of exactly one recipe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from brim import units
+from brim.cli import console, options
+from brim.errors import UsageError
+from brim.models import ModelSpec
+from brim.recipe import Recipe
+from brim.report import Prediction
+
+
+def command(
+    source: options.Source,
+    device: options.DeviceName = "cpu",
+    memory: options.Memory = None,
+    method: options.Method = None,
+    seq_len: options.SeqLen = None,
+    micro_batch_size: options.MicroBatchSize = None,
+    settings: options.Settings = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Closed form instead of a rehearsal: no torch.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the ledger as a picture: FILE.svg or FILE.png.")] = None,
+    json: options.Json = False,
+) -> int:
+    """Peak memory of one recipe, by owner."""
+    recipe, spec = options.recipe_of(
+        source, method=method, seq_len=seq_len, micro_batch_size=micro_batch_size, settings=settings
+    )
+    cap = None if memory is None else units.parse_bytes(memory)
+    prediction = _estimated(spec, recipe, device, cap) if quick else _rehearsed(spec, recipe, device, cap)
+    if plot is not None:
+        from brim.memory.picture import draw_ledgers
+
+        if plot.suffix not in (".svg", ".png"):
+            raise UsageError(f"--plot {plot}: pictures are .svg or .png")
+        draw_ledgers(plot, title=prediction.model, bars={"predicted": prediction.ledger})
+    if json:
+        console.print_json(prediction.to_dict())
+    else:
+        show(prediction)
+    return 0
+
+
+def _estimated(spec: ModelSpec, recipe: Recipe, device: str, cap: int | None) -> Prediction:
+    from brim.hardware.rates import quick_device
+    from brim.planning.estimate import estimate
+
+    found = quick_device(device, cap)
+    return estimate(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
+
+
+def _rehearsed(spec: ModelSpec, recipe: Recipe, device: str, cap: int | None) -> Prediction:
+    from brim.hardware.measure import resolve_device
+    from brim.rehearsal import rehearse
+
+    found = resolve_device(device, cap)
+    return rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
+
+
+def show(prediction: Prediction) -> None:
+    """The ledger as a table, largest line first, and what it means."""
+    table = Table(title=f"{prediction.model} on {prediction.device_name}", title_justify="left")
+    table.add_column("owner")
+    table.add_column("at the peak", justify="right")
+    table.add_column("share", justify="right")
+    total = prediction.ledger.total
+    for line, nbytes in sorted(prediction.ledger.to_dict().items(), key=lambda item: -item[1]):
+        if nbytes:
+            table.add_row(line, units.format_bytes(nbytes), f"{100 * nbytes / total:.1f} %")
+    table.add_section()
+    table.add_row("peak allocated", units.format_bytes(total), f"{total:,} B")
+    console.out.print(table)
+    fits = "fits" if prediction.fits else "does not fit"
+    console.out.print(
+        f"{fits} in {units.format_bytes(prediction.budget_bytes)}; "
+        f"about {units.format_duration(prediction.step_time_s)} a step, "
+        f"{units.format_count(prediction.tokens_per_s)} tokens/s ({prediction.method})"
+    )
+    for reason in prediction.reasons:
+        console.note(reason)

@@ -1,0 +1,104 @@
+"""`brim quantize MODEL`: a smaller checkpoint, and what that cost."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.table import Table
+
+from brim import units
+from brim.cli import console
+from brim.cli.options import Json
+from brim.errors import UsageError
+from brim.report import SCHEMA
+
+if TYPE_CHECKING:
+    from brim.checkpoints.audit import QuantizationReport
+
+WORST = 5
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, Hub id, directory or .gguf file.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="int8, fp16 or bf16.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A directory to make; default: ./MODEL-FORMAT.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """A smaller checkpoint: FP16, BF16, or INT8 linear weights."""
+    from brim.checkpoints.convert import Target, quantize
+    from brim.models import describe
+    from brim.models.weights import local_directory
+
+    known: tuple[Target, ...] = get_args(Target)
+    target = next((name for name in known if name == to.lower()), None)
+    if target is None:
+        raise UsageError(f"cannot quantize to {to!r}; formats: {', '.join(known)}")
+    spec = describe(model)
+    place = output or Path(f"{_short_name(model)}-{target}")
+    with console.progress(f"preparing {model}") as listen:
+        source = local_directory(spec, progress=listen)
+    started = time.perf_counter()
+    with console.progress(f"quantizing to {target}", in_bytes=True) as listen:
+        report = quantize(source, place, to=target, progress=listen)
+    seconds = time.perf_counter() - started
+    if json:
+        console.print_json(_to_dict(report, model, place, seconds))
+        return
+    _print(report, place, seconds)
+    console.note(f"compare: brim evaluate {place} --baseline {model}")
+
+
+def _short_name(model: str) -> str:
+    """`smollm2-135m` of a name, a Hub id with its revision, a directory or a file."""
+    return Path(model.partition("@")[0]).expanduser().resolve().name.removesuffix(".gguf").lower()
+
+
+def _to_dict(report: "QuantizationReport", model: str, output: Path, seconds: float) -> dict[str, Any]:
+    where = {"model": model, "output": str(output), "seconds": seconds}
+    return {**report.to_dict(), **where, "schema": SCHEMA}
+
+
+def _print(report: "QuantizationReport", output: Path, seconds: float) -> None:
+    console.out.print(_sizes(report))
+    if worst := _worst(report):
+        console.out.print(f"\nThe {worst.row_count} tensors that lost most:")
+        console.out.print(worst)
+    duration = units.format_duration(seconds)
+    console.out.print(f"\nwritten to {output} in {duration}; every tensor: quantization_report.json", markup=False)
+
+
+def _sizes(report: "QuantizationReport") -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in ("tensors", "before", "after", "ratio"):
+        table.add_column(name, justify="right")
+    changed = set(report.converted)
+    kept = [tensor for tensor in report.tensors if tensor not in changed]
+    for title, tensors in ((f"to {report.to}", report.converted), ("kept as they were", kept), ("all", report.tensors)):
+        if not tensors:
+            continue
+        before, after = sum(t.bytes_before for t in tensors), sum(t.bytes_after for t in tensors)
+        sizes = (units.format_bytes(before), units.format_bytes(after), f"{after / before:.3f}" if before else "")
+        table.add_row(title, str(len(tensors)), *sizes)
+    return table
+
+
+def _worst(report: "QuantizationReport") -> Table | None:
+    """Tensors by least ratio of signal to noise; None where nothing was lost."""
+    lost = sorted((t for t in report.tensors if t.sqnr_db is not None), key=lambda t: t.sqnr_db or 0.0)[:WORST]
+    if not lost:
+        return None
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("tensor", overflow="fold")
+    for name in ("SQNR", "max error", "zeroed", "clipped"):
+        table.add_column(name, justify="right")
+    for tensor in lost:
+        table.add_row(
+            tensor.name, f"{tensor.sqnr_db:.1f} dB", f"{tensor.largest_error:.3g}",
+            f"{tensor.zeroed_share:.2%}", f"{tensor.clipped_share:.2%}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,154 @@
+"""`brim tune`: runs a recipe and shows predicted beside measured."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from brim import units
+from brim.cli import console, options
+from brim.errors import DoesNotFitError, UsageError
+from brim.recipe import Recipe
+from brim.report import LEDGER_LINES, Prediction, RunReport
+
+if TYPE_CHECKING:
+    from brim.training.metrics import StepRecord
+
+
+def command(
+    source: options.Source,
+    data: Annotated[Path | None, typer.Option(help="Training data: .jsonl, .json or plain text.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory to make; default runs/MODEL-METHOD.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; default as the recipe's epochs give.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    device: options.DeviceName = "cpu",
+    memory: options.Memory = None,
+    method: options.Method = None,
+    seq_len: options.SeqLen = None,
+    micro_batch_size: options.MicroBatchSize = None,
+    settings: options.Settings = None,
+    json: options.Json = False,
+) -> int:
+    """Run a recipe; predicted beside measured at the end."""
+    if data is None:
+        raise UsageError("no data to learn from; add --data FILE.jsonl (one object a line) or a plain text file")
+    steps = [] if max_steps is None else [f"training.max_steps={max_steps}"]
+    recipe, spec = options.recipe_of(
+        source,
+        method=method,
+        seq_len=seq_len,
+        micro_batch_size=micro_batch_size,
+        settings=[*(settings or []), *steps],
+    )
+    target = output or Path("runs") / f"{Path(recipe.model).name}-{recipe.method}"
+    from brim.hardware.measure import resolve_device
+    from brim.rehearsal import rehearse
+    from brim.training.loop import run
+    from brim.training.start import prepare
+
+    cap = None if memory is None else units.parse_bytes(memory)
+    found = resolve_device(device, cap)
+    predicted = rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
+    refuse_if_over(predicted)
+    with console.progress(f"preparing {spec.name}") as progress:
+        job = prepare(
+            recipe,
+            spec,
+            data=data,
+            output=target,
+            predicted=predicted,
+            device=device,
+            resume=resume,
+            progress=progress,
+        )
+
+    with stop_on_signal() as stopped, show_steps(recipe) as on_step:
+        report = run(job, on_step=on_step, should_stop=lambda: stopped[0])
+    if json:
+        console.print_json(report.to_dict())
+    else:
+        show(report)
+        console.out.print(f"written: {target}", markup=False)
+    return 0
+
+
+def refuse_if_over(predicted: Prediction) -> None:
+    """Raises DoesNotFitError before anything runs that would not fit."""
+    if not predicted.fits:
+        missing = predicted.peak.allocated_bytes - predicted.budget_bytes
+        raise DoesNotFitError(
+            f"{predicted.model}: this recipe needs {units.format_bytes(predicted.peak.allocated_bytes)}, "
+            f"{units.format_bytes(missing)} more than the {units.format_bytes(predicted.budget_bytes)} it may use; "
+            f"ask for one that fits: brim plan {predicted.model} --device cpu --memory "
+            f"{units.format_bytes(predicted.budget_bytes).replace(' ', '')}"
+        )
+
+
+def show(report: RunReport) -> None:
+    """Predicted beside measured, line by line."""
+    predicted, measured = report.predicted, report.measured
+    table = Table(title=f"{report.model}: {report.steps} steps", title_justify="left")
+    for column in ("at the peak", "predicted", "measured", "difference"):
+        table.add_column(column, justify="left" if column == "at the peak" else "right")
+    for line in LEDGER_LINES:
+        ours, theirs = getattr(predicted.ledger, line), getattr(measured.ledger, line)
+        if ours or theirs:
+            table.add_row(line, units.format_bytes(ours), units.format_bytes(theirs), f"{ours - theirs:+,} B")
+    table.add_section()
+    ours, theirs = predicted.peak.allocated_bytes, measured.peak.allocated_bytes
+    error = 100 * report.relative_error["allocated_bytes"]
+    table.add_row("peak allocated", f"{ours:,} B", f"{theirs:,} B", f"{error:+.4f} %")
+    table.add_row(
+        "step time",
+        units.format_duration(predicted.step_time_s),
+        units.format_duration(measured.step_time_s),
+        f"{100 * report.relative_error['step_time_s']:+.0f} %",
+    )
+    console.out.print(table)
+    console.out.print(
+        f"loss {report.first_loss:.4f} -> {report.last_loss:.4f}; {units.format_count(measured.tokens_per_s)} tokens/s"
+    )
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[bool]]:
+    """The first SIGINT or SIGTERM asks the run to stop after the step; the second ends it at once."""
+    stopped = [False]
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stopped[0]:
+            raise KeyboardInterrupt
+        stopped[0] = True
+        console.note("stopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def show_steps(recipe: Recipe) -> "Iterator[Callable[[StepRecord], None]]":
+    """A live line a step on a terminal, plain lines elsewhere."""
+    with console.progress_bar(recipe.model) as bar:
+
+        def on_step(record: "StepRecord") -> None:
+            bar(record.step, record.steps, step_line(record))
+
+        yield on_step
+
+
+def step_line(record: "StepRecord") -> str:
+    return (
+        f"step {record.step}/{record.steps}  loss {record.loss:.4f}  "
+        f"{units.format_count(record.tokens_per_s)} tokens/s  "
+        f"memory {units.format_bytes(record.allocated_bytes)}, peak {units.format_bytes(record.peak_bytes)}  "
+        f"{units.format_duration(record.seconds_left)} left"
+    )

@@ -1,0 +1,35 @@
+"""`Device`: what a recipe runs on, as plain numbers. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+DeviceKind = Literal["cpu", "cuda"]
+MatmulFormat = Literal["fp32", "bf16"]
+MATMUL_FORMATS: tuple[MatmulFormat, ...] = get_args(MatmulFormat)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One device: its memory and what it achieves (not what its maker says)."""
+
+    name: str
+    """Processor or accelerator, as its maker calls it."""
+    kind: DeviceKind
+    memory_bytes: int
+    """All of it, or the user's cap."""
+    memory_free_bytes: int
+    """What was free when the device was looked at; never more than `memory_bytes`."""
+    flops: Mapping[MatmulFormat, float]
+    """Achievable floating-point operations a second of matrix products, by format."""
+    bandwidth_bytes_per_s: float
+    """Achievable traffic, reads and writes added."""
+    cores: int
+    """Cores that this process may use; 0 for an accelerator."""
+
+    def capped(self, memory_bytes: int | None) -> "Device":
+        """The same device with at most this memory; None leaves it as it is."""
+        if memory_bytes is None:
+            return self
+        cap = min(memory_bytes, self.memory_bytes)
+        return replace(self, memory_bytes=cap, memory_free_bytes=min(cap, self.memory_free_bytes))

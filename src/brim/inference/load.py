@@ -1,0 +1,135 @@
+"""A model and its tokenizer from a local directory, ready to run: no network, no code from the model's files."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.utils import logging
+
+from brim import units
+from brim.errors import MissingPartError, ModelFileError
+from brim.models import describe
+from brim.models.weights import local_directory
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode and the tokenizer that feeds it."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model was made for; None where its config sets no limit (T5's relative positions)."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def locate(source: str, *, progress: units.Progress = units.no_progress) -> Path:
+    """The directory that holds the model's weights on this machine; they are fetched or prepared where they are not.
+
+    An adapter's directory stands for itself.
+    """
+    if _is_adapter(Path(source)):
+        return Path(source)
+    return local_directory(describe(source), progress=progress)
+
+
+def load(directory: Path, *, device: str | None = None) -> Loaded:
+    """The model in the precision it is stored in, on `device` (None: the first GPU, or the CPU where there is none).
+
+    A directory that holds an adapter loads its base model with the adapter on it. INT8 directories need
+    compressed-tensors. Raises ModelFileError, MissingPartError.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _quiet(), _transformers_errors(directory):
+        if _is_adapter(directory):
+            model = PeftModel.from_pretrained(_load_model(_adapter_base(directory)), str(directory))
+        else:
+            model = _load_model(directory)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    return Loaded(model.eval().to(device), tokenizer)
+
+
+def resident_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the storages behind all parameters and buffers; one that several names share counts once."""
+    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _load_model(directory: Path) -> Any:
+    config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model, loading = kind.from_pretrained(
+        str(directory),
+        config=config,
+        dtype="auto",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    # transformers fills what a file lacks with random numbers and carries on.
+    if missing := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
+        raise ModelFileError(
+            f"{directory}: {len(missing)} tensors that the model needs are missing or misshapen, first {missing[0]}"
+        )
+    return model
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").is_file() and not (directory / "config.json").exists()
+
+
+def _adapter_base(directory: Path) -> Path:
+    path = directory / "adapter_config.json"
+    try:
+        return locate(str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]))
+    except (ValueError, KeyError, TypeError):
+        raise ModelFileError(f"{path}: names no base model (base_model_name_or_path)") from None
+
+
+@contextmanager
+def _transformers_errors(directory: Path) -> Iterator[None]:
+    """What transformers says about files, as our errors with the directory's name."""
+    try:
+        yield
+    except ImportError as error:
+        if "compressed" not in str(error):
+            raise
+        raise MissingPartError(f"{directory} is an INT8 model; reading it needs: pip install 'brim[int8]'") from None
+    except SafetensorError as error:
+        raise ModelFileError(f"{directory}: damaged safetensors file: {error}") from None
+    except ModelFileError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().partition(os.linesep)[0]
+        raise ModelFileError(f"{directory}: transformers cannot load it: {first_line}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' log and bars off, and as they were afterwards."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5.23 by an old name; delete this when a newer PEFT does not.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,121 @@
+"""Cross-entropy of an output head, chunk by chunk, so that all logits never exist at once.
+
+Each chunk's logits and their gradient are made, used for the gradients of the hidden states and of the head, and
+dropped in forward already; backward only hands on what forward found. Peak: one chunk's logits instead of
+tokens x vocabulary x (4 to 14) bytes. No recomputation: the head costs the three matmuls it always costs.
+
+How this differs from fused kernels (Liger, CCE): plain torch operators, so it is the same on fake tensors, CPU and
+GPU; and the head's gradient is added to `weight.grad` at once, chunk by chunk, so that no second gradient of the size
+of the vocabulary exists beside it. Trade-off: the loss must be the root of backward, scaled beforehand.
+
+Shapes: N tokens, C tokens of a chunk, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Finish = Callable[[Tensor], Tensor]
+"""What a model does to its logits after the head (softcap, scale), elementwise."""
+
+IGNORED = -100
+"""Label of a token without loss, as in PyTorch's cross_entropy."""
+
+_CHUNK_BYTES = 32 * 2**20
+"""FP32 logits of one chunk: large enough for efficient matmuls, small beside any model."""
+
+_ROWS_AT_ONCE = 4096
+"""Rows of the head whose low-precision product exists beside an FP32 gradient."""
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens per chunk: FP32 logits of about 32 MiB, at least 16 tokens."""
+    return max(16, _CHUNK_BYTES // (4 * vocab_size))
+
+
+def chunked_cross_entropy(
+    hidden_NH: Tensor, head: nn.Linear, labels_N: Tensor, *, scale: float, finish: Finish
+) -> Tensor:
+    """`scale` times the summed cross-entropy over labels that are not -100, as an FP32 scalar.
+
+    With gradients enabled, the head's trainable parameters have their gradients added to `.grad` when this returns;
+    those of the hidden states flow when `backward` is called on the scalar itself.
+    """
+    learns = torch.is_grad_enabled()
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_NH, head, labels_N, scale, finish, learns)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden_NH: Tensor,
+        head: nn.Linear,
+        labels_N: Tensor,
+        scale: float,
+        finish: Finish,
+        learns: bool,
+    ) -> Tensor:
+        device = hidden_NH.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden_NH.dtype
+        total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
+        grad_NH = torch.empty_like(hidden_NH) if learns else None
+        size = chunk_tokens(head.out_features)
+        with torch.autocast(device, enabled=False):
+            weight_VH = head.weight.detach().to(dtype)
+            for start in range(0, hidden_NH.shape[0], size):
+                rows = slice(start, start + size)
+                hidden_CH = hidden_NH[rows].to(dtype)
+                loss, grad_CV = _loss_and_gradient(hidden_CH, weight_VH, head.bias, labels_N[rows], finish, learns)
+                total += loss * scale
+                if grad_NH is not None and grad_CV is not None:
+                    grad_CV *= scale
+                    grad_NH[rows] = grad_CV @ weight_VH
+                    _add_head_gradient(head, grad_CV, hidden_CH)
+                del loss, grad_CV
+        if grad_NH is not None:
+            ctx.save_for_backward(grad_NH)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NH,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_NH, None, None, None, None, None
+
+
+def _loss_and_gradient(
+    hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_C: Tensor, finish: Finish, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of a chunk, and its gradient by the head's raw logits in the matmul's dtype."""
+    raw_CV = F.linear(hidden_CH, weight_VH, None if bias_V is None else bias_V.detach().to(weight_VH.dtype))
+    with torch.set_grad_enabled(learns):
+        raw_CV.requires_grad_(learns)
+        loss = F.cross_entropy(finish(raw_CV).float(), labels_C, ignore_index=IGNORED, reduction="sum")
+    if not learns:
+        return loss, None
+    (grad_CV,) = torch.autograd.grad(loss, raw_CV)
+    return loss.detach(), grad_CV
+
+
+def _add_head_gradient(head: nn.Linear, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+    if head.weight.requires_grad:
+        grad_VH = _gradient_of(head.weight)
+        if grad_VH.dtype == hidden_CH.dtype:
+            grad_VH.addmm_(grad_CV.T, hidden_CH)
+        else:
+            for rows in range(0, head.out_features, _ROWS_AT_ONCE):
+                part = slice(rows, rows + _ROWS_AT_ONCE)
+                grad_VH[part] += (grad_CV[:, part].T @ hidden_CH).to(grad_VH.dtype)
+    if head.bias is not None and head.bias.requires_grad:
+        grad_V = _gradient_of(head.bias)
+        grad_V += grad_CV.sum(dim=0, dtype=grad_V.dtype)
+
+
+def _gradient_of(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

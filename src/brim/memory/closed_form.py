@@ -1,0 +1,273 @@
+"""Peak bytes of a training step by owner, from a config alone, in microseconds and without torch.
+
+A step has a few moments that can be its peak; each is a ledger, and the peak is the largest of them. This is an
+estimate: what a library keeps is known here as rules (`kept`), not by running it. The rehearsal is exact.
+
+Ignored: rotary tables, buffers, scalars, padding masks, and temporaries inside operators.
+"""
+
+from dataclasses import dataclass
+
+from brim.memory import kept
+from brim.memory.anatomy import Block, Stack, anatomy
+from brim.memory.kept import BF16, FP32, Terms
+from brim.models.spec import ModelSpec
+from brim.recipe import Recipe
+from brim.report import Ledger
+
+ERROR_BAND = (-0.10, 0.10)
+"""Relative error (low, high) that the search allows for before a rehearsal: tests/cpu/test_closed_form_measured.py."""
+
+_INDEX_BYTES = 8
+
+
+def closed_form(spec: ModelSpec, recipe: Recipe) -> Ledger:
+    """The largest of the step's moments. Raises UsageError for a family without a row in `anatomy`."""
+    return max(moments(spec, recipe).values(), key=lambda ledger: ledger.total)
+
+
+def moments(spec: ModelSpec, recipe: Recipe) -> dict[str, Ledger]:
+    """Name -> ledger of each moment that can be the peak."""
+    step = _Step(spec=spec, recipe=recipe, terms=kept.terms(anatomy(spec), recipe))
+    named = {"loss": step.at_loss(), "head": step.at_head(), "step": step.at_optimizer()}
+    for stack in step.terms.parts.stacks:
+        named[f"last block, {stack.row}"] = step.at_last_block(stack)
+        named[f"first block, {stack.row}"] = step.at_first_block(stack)
+    if step.terms.mixed:
+        named["forward"] = step.at_end_of_forward()
+    if step.terms.trains_base:
+        named["embedding"] = step.at_embedding()
+    return named
+
+
+def tokens_of_chunk(vocab_size: int) -> int:
+    """As layers.chunked_loss, which needs torch, cuts its chunks: FP32 logits of 32 MiB, at least 16 tokens."""
+    return max(16, 32 * 2**20 // (FP32 * vocab_size))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    spec: ModelSpec
+    recipe: Recipe
+    terms: Terms
+
+    def at_end_of_forward(self) -> Ledger:
+        """Autocast keeps its BF16 copy of every trained weight until forward ends, checkpointed or not."""
+        t = self.terms
+        cached = 0
+        if self.checkpointed:
+            cached = sum(stack.num_blocks * self._trained_casts(stack.block) for stack in t.parts.stacks)
+        return self.ledger(
+            activations=self.block_activations + self.outside_blocks + cached,
+            loss=self.chunk_bytes if self.chunked else 2 * FP32 * self.logits + self.head_cast,
+            gradients=self.gradient_beside_chunk,
+        )
+
+    def at_loss(self) -> Ledger:
+        """Everything kept, and the softmax's backward: log-probabilities and two gradients, all FP32.
+
+        12 bytes a logit (memory of a fused loss: 4); chunked, of one chunk's logits.
+        """
+        loss = self.chunk_bytes if self.chunked else 3 * FP32 * self.logits + self.head_cast
+        return self.ledger(
+            activations=self.block_activations + self.outside_blocks, loss=loss, gradients=self.gradient_beside_chunk
+        )
+
+    def at_head(self) -> Ledger:
+        """The head's backward: its logits' gradient makes the gradients of its weight and of its input."""
+        hidden = self.terms.compute_bytes * self.tokens * self.terms.parts.hidden_size
+        logits = 0 if self.chunked else self.terms.compute_bytes * self.logits + self.head_cast
+        return self.ledger(
+            activations=self.block_activations + self.outside_blocks + hidden,
+            loss=logits,
+            gradients=self.head_gradient,
+        )
+
+    def at_last_block(self, stack: Stack) -> Ledger:
+        """Backward of the stack's last block begins; under checkpointing it has just been recomputed."""
+        earlier = [other for other in self.terms.parts.stacks if other.row == "source" or other is stack]
+        activations = sum(self.stack_activations(other) + self.biases(other) for other in earlier)
+        gradients = self.head_gradient
+        if stack.row == "source":
+            gradients += sum(self.block_gradients(s) for s in self.terms.parts.stacks if s.row == "target")
+        return self.ledger(
+            activations=activations + self.recomputed(stack) + self.transient(stack), gradients=gradients
+        )
+
+    def at_first_block(self, stack: Stack) -> Ledger:
+        """Backward of the stack's first block: its activations, and the gradients of all blocks behind it."""
+        first = self.recomputed(stack) or kept.block_bytes(stack.block, self.length(stack), self.terms)
+        others = [s for s in self.terms.parts.stacks if s.row == "source" and s is not stack]
+        behind = sum(self.stack_activations(other) + self.biases(other) for other in others)
+        gradients = self.head_gradient + self.block_gradients(stack)
+        if stack.row == "source":
+            gradients += sum(self.block_gradients(s) for s in self.terms.parts.stacks if s.row == "target")
+        return self.ledger(
+            activations=first + self.transient(stack) + behind + self.biases(stack),
+            gradients=gradients,
+        )
+
+    def at_embedding(self) -> Ledger:
+        """The last gradient. A tied head's was waiting for it: both, and their sum, exist at once.
+
+        Under autocast the head's is not kept by anyone else and the embedding's is added to it in place; so it is
+        under the chunked loss, which puts the head's where the optimizer reads it.
+        """
+        t = self.terms
+        in_place = t.mixed or self.chunked
+        gradients = t.weight_bytes * self.spec.num_parameters
+        flowing = FP32 * self.tokens * t.parts.hidden_size if in_place else 0
+        if t.parts.tied_head:
+            gradients += (1 if in_place else 2) * t.weight_bytes * t.parts.embedding_parameters
+        return self.ledger(activations=flowing, gradients=gradients)
+
+    def at_optimizer(self) -> Ledger:
+        """All gradients; over FP32 masters, also the FP32 gradient of one parameter (the largest comes first)."""
+        workspace = 0
+        if self.has_master:
+            workspace = FP32 * self.largest_trained
+        return self.ledger(gradients=self.trainable * self.terms.weight_bytes, workspace=workspace)
+
+    def ledger(self, *, activations: int = 0, loss: int = 0, gradients: int = 0, workspace: int = 0) -> Ledger:
+        """A moment: what lives from step to step, and what is given.
+
+        While micro-batches accumulate, all gradients of the earlier ones are alive at every moment, beside those
+        that the present one has just made for the tensors it is at (at most a table: taken as none).
+        """
+        if self.recipe.grad_accumulation > 1:
+            gradients = max(gradients, self.trainable * self.terms.weight_bytes)
+        return Ledger(
+            weights=self.weights,
+            optimizer=self.optimizer_states,
+            activations=activations,
+            loss=loss,
+            gradients=gradients,
+            workspace=workspace + self.batch_bytes,
+        )
+
+    @property
+    def adapters(self) -> int:
+        t = self.terms
+        return sum(stack.num_blocks * t.adapter_parameters(stack.block) for stack in t.parts.stacks)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters."""
+        return self.spec.num_parameters if self.terms.trains_base else self.adapters
+
+    @property
+    def largest_trained(self) -> int:
+        """Elements of the largest trained tensor: the embedding, or an adapter's longer matrix."""
+        t = self.terms
+        if t.trains_base:
+            return t.parts.embedding_parameters
+        adapted = (line for stack in t.parts.stacks for line in stack.block.linears if t.adapts(line))
+        return max((t.rank * max(line.inputs, line.outputs) for line in adapted), default=0)
+
+    @property
+    def weights(self) -> int:
+        """Parameters and adapters, in the stored format."""
+        return self.terms.weight_bytes * (self.spec.num_parameters + self.adapters)
+
+    @property
+    def has_master(self) -> bool:
+        return self.recipe.precision.master == "fp32" and self.terms.weight_bytes < FP32
+
+    @property
+    def optimizer_states(self) -> int:
+        """AdamW's two moments, in the format of what it updates; and the FP32 master copy it updates."""
+        return self.trainable * (3 * FP32 if self.has_master else 2 * self.terms.weight_bytes)
+
+    @property
+    def batch_bytes(self) -> int:
+        """Token and label indices."""
+        t = self.terms
+        inputs = 2 * t.source_len or t.target_len  # an encoder reads a padding mask as well
+        return _INDEX_BYTES * t.rows * (inputs + t.target_len)
+
+    @property
+    def checkpointed(self) -> bool:
+        return self.recipe.memory.activation_checkpointing == "full"
+
+    @property
+    def chunked(self) -> bool:
+        return self.recipe.memory.loss == "chunked"
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens of a micro-batch: each has its logits."""
+        return self.terms.rows * self.terms.target_len
+
+    @property
+    def logits(self) -> int:
+        return self.tokens * self.terms.parts.vocab_size
+
+    @property
+    def outside_blocks(self) -> int:
+        """Final norms, dropouts around the stacks, position biases."""
+        return sum(kept.stack_bytes(stack, self.length(stack), self.terms) for stack in self.terms.parts.stacks)
+
+    @property
+    def head_gradient(self) -> int:
+        """Of the output head's weight, until the optimizer or a tied embedding takes it."""
+        return self.terms.weight_bytes * self.terms.parts.embedding_parameters if self.terms.trains_base else 0
+
+    @property
+    def head_cast(self) -> int:
+        """Autocast's BF16 copy of the head's weight."""
+        return BF16 * self.terms.parts.embedding_parameters if self.terms.mixed else 0
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Chunked loss in forward: one chunk's logits through their own backward, and their input's gradient."""
+        t = self.terms
+        one = self.chunk_tokens * t.parts.vocab_size * (3 * FP32 + t.compute_bytes)
+        return one + self.head_cast + t.weight_bytes * self.tokens * t.parts.hidden_size
+
+    @property
+    def chunk_tokens(self) -> int:
+        return min(tokens_of_chunk(self.terms.parts.vocab_size), self.tokens)
+
+    @property
+    def gradient_beside_chunk(self) -> int:
+        """The head's gradient, which the first chunk makes and the next ones find."""
+        return self.head_gradient if self.chunked and self.chunk_tokens < self.tokens else 0
+
+    @property
+    def block_activations(self) -> int:
+        return sum(self.stack_activations(stack) for stack in self.terms.parts.stacks)
+
+    def stack_activations(self, stack: Stack) -> int:
+        """What all blocks of a stack keep; under checkpointing, only each one's input."""
+        length = self.length(stack)
+        if self.checkpointed:
+            return stack.num_blocks * self.terms.weight_bytes * self.terms.rows * length * self.terms.parts.hidden_size
+        return stack.num_blocks * kept.block_bytes(stack.block, length, self.terms)
+
+    def biases(self, stack: Stack) -> int:
+        return kept.bias_bytes(stack, self.length(stack), self.terms)
+
+    def recomputed(self, stack: Stack) -> int:
+        return kept.block_bytes(stack.block, self.length(stack), self.terms) if self.checkpointed else 0
+
+    def transient(self, stack: Stack) -> int:
+        """Beside a block's activations, the gradients that flow through its feed-forward or, later, its scores."""
+        t, length = self.terms, self.length(stack)
+        feed = stack.block.feed_forward
+        through = t.rows * length * (2 * t.compute_bytes * feed.width + t.weight_bytes * t.parts.hidden_size)
+        freed = kept.feed_forward_bytes(feed, length, t)
+        scores = (kept.score_gradient_bytes(attention, length, t) for attention in stack.block.attentions)
+        masks = kept.mask_bytes(stack.block, length, t)
+        return max(through + masks, *(nbytes - freed for nbytes in scores))
+
+    def block_gradients(self, stack: Stack) -> int:
+        linears = sum(line.num_parameters for line in stack.block.linears)
+        trained = linears if self.terms.trains_base else self.terms.adapter_parameters(stack.block)
+        return stack.num_blocks * trained * self.terms.weight_bytes
+
+    def length(self, stack: Stack) -> int:
+        return self.terms.source_len if stack.row == "source" else self.terms.target_len
+
+    def _trained_casts(self, block: Block) -> int:
+        trained = sum(line.num_parameters for line in block.linears) if self.terms.trains_base else 0
+        return BF16 * (trained + self.terms.adapter_parameters(block))

@@ -1,0 +1,68 @@
+"""Meter of tensor lifetimes: sees each operator's outputs, counts each new storage until it is collected.
+
+It sees sizes only, so it works on fake tensors; it does not see what an operator allocates and frees inside itself.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from brim.memory.trace import Block, Trace
+
+
+class LifetimeMeter(TorchDispatchMode):
+    """Counts the bytes of every storage born inside the `with` block, by owner."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace = Trace()
+        self._line = "workspace"
+        self._blocks: dict[int, Block] = {}
+        self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self._see(out)
+        else:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._see(leaf)
+        return out
+
+    def switch(self, line: str) -> None:
+        self._line = line
+
+    def claim(self, line: str, tensors: Iterable[Tensor]) -> None:
+        """Put these tensors on a line; one that the meter has not met counts from now on."""
+        for tensor in tensors:
+            self._see(tensor)
+            self._blocks[_key(tensor.untyped_storage())].line = line
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = _key(storage)
+        if key in self._blocks:
+            return
+        self._blocks[key] = self.trace.allocate(storage.nbytes(), self._line)
+        self._watches[key] = weakref.ref(storage, lambda _: self._forget(key))
+
+    def _forget(self, key: int) -> None:
+        del self._watches[key]
+        self.trace.free(self._blocks.pop(key))
+
+
+def _key(storage: torch.UntypedStorage) -> int:
+    """Identity of the storage behind its Python wrapper; unique as long as the storage lives."""
+    return storage._cdata

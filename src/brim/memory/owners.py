@@ -1,0 +1,47 @@
+"""Who owns the next tensor: the training step says on which ledger line it works, a meter listens.
+
+Without a listener both calls cost next to nothing, so the step that is rehearsed is the step that trains.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Listener(Protocol):
+    """A meter that wants to know who owns what."""
+
+    def switch(self, line: str) -> None:
+        """Storage allocated from now on belongs on this ledger line."""
+
+    def claim(self, line: str, tensors: Iterable[Tensor]) -> None:
+        """These tensors' storages belong on this line, whenever they were allocated."""
+
+
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell this listener, too, until the block ends."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def switch(line: str) -> None:
+    """Storage allocated from now on belongs on this ledger line."""
+    for listener in _listeners:
+        listener.switch(line)
+
+
+def claim(line: str, tensors: Iterable[Tensor]) -> None:
+    """These tensors' storages belong on this line, whenever they were allocated."""
+    if _listeners:
+        owned = list(tensors)
+        for listener in _listeners:
+            listener.claim(line, owned)

@@ -1,0 +1,59 @@
+"""`Trace`: allocations and frees in order, and the ledger at their worst moment."""
+
+from dataclasses import dataclass
+
+from brim.report import LEDGER_LINES, Ledger
+
+
+@dataclass(slots=True)
+class Block:
+    """One live range of bytes; its line may be claimed by another owner later."""
+
+    nbytes: int
+    line: str
+
+
+class Trace:
+    """What was allocated and freed, block by block, since the trace began."""
+
+    def __init__(self) -> None:
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._events: list[tuple[bool, Block]] = []
+        self._peak_index = 0
+
+    def allocate(self, nbytes: int, line: str) -> Block:
+        """A new live block on this ledger line."""
+        assert line in LEDGER_LINES, line
+        block = Block(nbytes, line)
+        self._events.append((True, block))
+        self.live_bytes += nbytes
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
+            self._peak_index = len(self._events)
+        return block
+
+    def free(self, block: Block) -> None:
+        self._events.append((False, block))
+        self.live_bytes -= block.nbytes
+        assert self.live_bytes >= 0, "more was freed than allocated"
+
+    def peak_ledger(self) -> Ledger:
+        """Bytes by owner at the worst moment; each block counts for its last claimed owner."""
+        lines = dict.fromkeys(LEDGER_LINES, 0)
+        for allocated, block in self._events[: self._peak_index]:
+            lines[block.line] += block.nbytes if allocated else -block.nbytes
+        return Ledger(**lines)
+
+    def forget_past(self) -> None:
+        """Start over with what is alive now, so that a long run's trace stays short."""
+        alive: dict[int, Block] = {}
+        for allocated, block in self._events:
+            if allocated:
+                alive[id(block)] = block
+            else:
+                del alive[id(block)]
+        self._events = [(True, block) for block in alive.values()]
+        self._peak_index = len(self._events)
+        self.peak_bytes = self.live_bytes
+        assert sum(block.nbytes for block in alive.values()) == self.live_bytes

@@ -1,0 +1,1 @@
+"""How numbers are stored: formats, granularity, reference encoding. `formats` and `represent` need no torch."""

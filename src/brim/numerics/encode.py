@@ -1,0 +1,85 @@
+"""Reference encoding of tensors: float casts, and integers by absmax scale. Plain torch, vectorised, any device.
+
+Shapes: R output channels, K inputs, G groups of a row, B elements that share a scale.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from brim.numerics.formats import FORMATS
+from brim.numerics.granularity import Granularity, PerChannel, PerGroup
+
+TORCH_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""Float formats that torch holds, by Brim's name."""
+
+
+class Encoded(NamedTuple):
+    """A weight as integers: decoded, it is `codes * scale`."""
+
+    codes: Tensor
+    """int8, shaped as the weight."""
+    scale: Tensor
+    """Shaped as the granularity says."""
+    num_clipped: int
+    """Elements that lay past the last code: a scale that its own format rounded down leaves a few."""
+
+
+def encode_integer(
+    weight_RK: Tensor,
+    *,
+    format: str = "int8",
+    granularity: Granularity | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+) -> Encoded:
+    """Symmetric integers: scale = absmax / last code, codes rounded half to even (granularity None: per channel).
+
+    The scale is rounded to `scale_dtype` first and the codes are made with it as stored. Where it would be zero
+    it is 1, and the codes are zero; where it would overflow it is the largest of its dtype.
+    """
+    granularity = PerChannel() if granularity is None else granularity
+    low, high = FORMATS[format].codes
+    # fp32: in bf16 the quotient would be off by up to half a code.
+    blocks = _as_blocks(weight_RK.float(), granularity)
+    scale = absmax_scale(blocks, largest_code=high, dtype=scale_dtype)
+    rounded = (blocks / scale.float()).round_()
+    num_clipped = int(((rounded < low) | (rounded > high)).sum())
+    codes = rounded.clamp_(low, high).to(torch.int8).view(weight_RK.shape)
+    return Encoded(codes, scale.view(granularity.scale_shape(_matrix_shape(weight_RK))), num_clipped)
+
+
+def decode(codes_RK: Tensor, scale: Tensor, *, granularity: Granularity | None = None) -> Tensor:
+    """fp32 values of integer codes (granularity None: per channel)."""
+    blocks = _as_blocks(codes_RK.float(), PerChannel() if granularity is None else granularity)
+    return (blocks * scale.float().reshape(*blocks.shape[:-1], 1)).view(codes_RK.shape)
+
+
+def absmax_scale(blocks: Tensor, *, largest_code: int, dtype: torch.dtype) -> Tensor:
+    """(..., B) -> (..., 1): the largest element of each block maps to `largest_code`."""
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / largest_code
+    stored = scale.clamp_(max=torch.finfo(dtype).max).to(dtype)
+    return torch.where(stored == 0, torch.ones_like(stored), stored)
+
+
+def _as_blocks(weight_RK: Tensor, granularity: Granularity) -> Tensor:
+    match granularity:
+        case PerGroup(size):
+            granularity.scale_shape(_matrix_shape(weight_RK))
+            return weight_RK.unflatten(-1, (-1, size))
+        case PerChannel():
+            return weight_RK
+        case _:
+            return weight_RK.flatten()
+
+
+def _matrix_shape(weight_RK: Tensor) -> tuple[int, int]:
+    rows, inputs = weight_RK.shape
+    return rows, inputs

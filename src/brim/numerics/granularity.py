@@ -1,0 +1,41 @@
+"""Granularity: which elements of a weight share one scale. Shapes: R output channels, K inputs."""
+
+from dataclasses import dataclass
+
+from brim.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for all: (R, K) -> (1,)."""
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        return (1,)
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannel:
+    """One scale per output channel: (R, K) -> (R, 1)."""
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        return (shape[0], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PerGroup:
+    """One scale per `size` inputs of a channel: (R, K) -> (R, K / size)."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"group size {self.size} is not 1 or more; write for example group:64")
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Raises UsageError where groups do not fill a row."""
+        if shape[1] % self.size:
+            raise UsageError(f"rows of {shape[1]} elements do not divide into groups of {self.size}")
+        return (shape[0], shape[1] // self.size)
+
+
+Granularity = PerTensor | PerChannel | PerGroup

@@ -1,0 +1,55 @@
+"""A recipe's prediction by closed form: microseconds, no torch, a wide band."""
+
+from brim.hardware.device import Device
+from brim.memory.closed_form import ERROR_BAND, closed_form
+from brim.models.spec import ModelSpec
+from brim.recipe import Recipe
+from brim.report import Ledger, Peak, Prediction
+from brim.speed.roofline import step_time, tokens_per_s
+from brim.units import format_bytes
+
+
+def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: int) -> Prediction:
+    """Peak and step time without running anything. Raises UsageError for a family the closed form does not know."""
+    ledger = closed_form(spec, recipe)
+    seconds = step_time(spec, recipe, device)
+    return Prediction(
+        model=spec.name,
+        recipe=recipe.to_dict(),
+        device_name=device.name,
+        budget_bytes=budget_bytes,
+        peak=Peak(allocated_bytes=ledger.total),
+        ledger=ledger,
+        step_time_s=seconds,
+        tokens_per_s=tokens_per_s(recipe, seconds),
+        method="closed-form",
+        error_band=ERROR_BAND,
+    )
+
+
+def lower_bound(prediction: Prediction) -> int:
+    """Bytes: the least that the peak may turn out to be."""
+    return int(prediction.peak.allocated_bytes * (1 + prediction.error_band[0]))
+
+
+def upper_bound(prediction: Prediction) -> int:
+    """Bytes: the most that the peak may turn out to be; what `fits` compares with the budget."""
+    return int(prediction.peak.allocated_bytes * (1 + prediction.error_band[1])) + 1
+
+
+def excess(prediction: Prediction) -> str:
+    """`needs 26.1 GiB, 2.10 GiB over: activations 12.4 GiB, weights 7.0 GiB`: why it does not fit."""
+    needed = prediction.peak.allocated_bytes
+    low, high = prediction.error_band
+    over = needed - prediction.budget_bytes
+    if over > 0:
+        verdict = f"needs {format_bytes(needed)}, {format_bytes(over)} over"
+    else:
+        verdict = f"needs {format_bytes(needed)} ({100 * low:+.3g} to {100 * high:+.3g} %), which may be over"
+    return f"{verdict}: {largest_lines(prediction.ledger)}"
+
+
+def largest_lines(ledger: Ledger, *, count: int = 2) -> str:
+    """`activations 12.4 GiB, weights 7.0 GiB`."""
+    lines = sorted(ledger.to_dict().items(), key=lambda line: -line[1])
+    return ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in lines[:count])

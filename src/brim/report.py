@@ -1,0 +1,200 @@
+"""Plain results: ledger, prediction, plan, run report. Frozen values with `to_dict`; nothing here computes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+SCHEMA = 1
+"""Version of every JSON object that Brim prints; raised when a key changes its meaning or goes away."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """Peak bytes by owner: each byte on exactly one line, the total derived."""
+
+    weights: int = 0
+    """Parameters and buffers, trainable or frozen."""
+    gradients: int = 0
+    optimizer: int = 0
+    """States and master copies that live from step to step."""
+    activations: int = 0
+    """What forward keeps for backward, and the gradients that flow through it."""
+    loss: int = 0
+    """Logits, their upcast copies and their gradient."""
+    gathered: int = 0
+    """Unsharded parameters and communication buffers."""
+    workspace: int = 0
+    """Temporaries of the optimizer step, and what nobody else owns (the batch itself)."""
+    context: int = 0
+    """Device runtime and library handles; 0 on a CPU."""
+    fragmentation: int = 0
+    """Reserved by the allocator and not in use; 0 on a CPU."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, line.name) for line in fields(self))
+
+    def to_dict(self) -> dict[str, int]:
+        return {line.name: getattr(self, line.name) for line in fields(self)}
+
+
+LEDGER_LINES = tuple(line.name for line in fields(Ledger))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The worst moment, three ways; None where the device has no such notion (a CPU has no reserved bytes)."""
+
+    allocated_bytes: int
+    reserved_bytes: int | None = None
+    device_bytes: int | None = None
+
+    def to_dict(self) -> dict[str, int | None]:
+        return {
+            "allocated_bytes": self.allocated_bytes,
+            "reserved_bytes": self.reserved_bytes,
+            "device_bytes": self.device_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What one recipe will take on one device, and how that was found out."""
+
+    model: str
+    recipe: Mapping[str, Any]
+    """The recipe's own `to_dict`."""
+    device_name: str
+    budget_bytes: int
+    """Memory that the run may use: the device's, or the user's cap."""
+    peak: Peak
+    ledger: Ledger
+    step_time_s: float
+    """Wall time of one optimizer step (all accumulated micro-batches)."""
+    tokens_per_s: float
+    method: Literal["rehearsal", "closed-form"]
+    error_band: tuple[float, float]
+    """Relative error of the peak, low and high: (-0.001, 0.001) says within 0.1 %."""
+    reasons: tuple[str, ...] = ()
+    """Why it does not fit, and warnings about the recipe."""
+
+    @property
+    def fits(self) -> bool:
+        """The upper bound of the peak stays within the budget."""
+        return self.peak.allocated_bytes * (1 + self.error_band[1]) <= self.budget_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "recipe": dict(self.recipe),
+            "device": {"name": self.device_name, "memory_bytes": self.budget_bytes},
+            "peak": self.peak.to_dict(),
+            "ledger": self.ledger.to_dict(),
+            "fits": self.fits,
+            "step_time_s": self.step_time_s,
+            "tokens_per_s": self.tokens_per_s,
+            "method": self.method,
+            "error_band": list(self.error_band),
+            "reasons": list(self.reasons),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Recipes ranked for a goal. The losers stay, each with its reason."""
+
+    model: str
+    device_name: str
+    budget_bytes: int
+    goal: Literal["fastest", "lightest"]
+    recipes: tuple[Prediction, ...]
+    """Best first: rehearsed finalists that fit, other recipes that fit by closed form, then those that do not."""
+    derived: Mapping[str, str] = field(default_factory=dict)
+    """Settings that the planner chose, each with why."""
+
+    @property
+    def best(self) -> Prediction | None:
+        """The first recipe, if it fits by rehearsal."""
+        first = self.recipes[0] if self.recipes else None
+        return first if first and first.fits and first.method == "rehearsal" else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "device": {"name": self.device_name, "memory_bytes": self.budget_bytes},
+            "goal": self.goal,
+            "fits": self.best is not None,
+            "recipes": [prediction.to_dict() for prediction in self.recipes],
+            "derived": dict(self.derived),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a real run took."""
+
+    peak: Peak
+    ledger: Ledger
+    """By owner at the peak, where the meter can tell (it cannot on every device: then all zero)."""
+    step_time_s: float
+    """Median over the steps after the first."""
+    tokens_per_s: float
+    meter: str
+    """How memory was measured, in words."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "peak": self.peak.to_dict(),
+            "ledger": self.ledger.to_dict(),
+            "step_time_s": self.step_time_s,
+            "tokens_per_s": self.tokens_per_s,
+            "meter": self.meter,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """Predicted beside measured, after a run: `report.json`."""
+
+    model: str
+    recipe: Mapping[str, Any]
+    steps: int
+    first_loss: float
+    last_loss: float
+    predicted: Prediction
+    measured: Measured
+    environment: Mapping[str, str]
+    """Versions that decide memory: brim, torch, transformers, peft, python, processor."""
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def relative_error(self) -> dict[str, float]:
+        """(predicted - measured) / measured, for the allocated peak and for the step's time."""
+        measured, predicted = self.measured, self.predicted
+        return {
+            "allocated_bytes": _relative(predicted.peak.allocated_bytes, measured.peak.allocated_bytes),
+            "step_time_s": _relative(predicted.step_time_s, measured.step_time_s),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "recipe": dict(self.recipe),
+            "steps": self.steps,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "predicted": self.predicted.to_dict(),
+            "measured": self.measured.to_dict(),
+            "relative_error": self.relative_error,
+            "evaluation": dict(self.evaluation),
+            "environment": dict(self.environment),
+            "reasons": list(self.reasons),
+        }
+
+
+def _relative(predicted: float, measured: float) -> float:
+    return (predicted - measured) / measured if measured else 0.0

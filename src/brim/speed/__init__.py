@@ -1,0 +1,5 @@
+"""How fast: a roofline of the training step."""
+
+from brim.speed.roofline import Work, step_time, step_work, tokens_per_s
+
+__all__ = ["Work", "step_time", "step_work", "tokens_per_s"]

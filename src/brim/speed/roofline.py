@@ -1,0 +1,121 @@
+"""Time of an optimizer step: its matrix products at the device's achieved rate, the rest at its bandwidth. No torch.
+
+Counted by tensor shapes, so encoder-decoder models come out right: each row's tokens meet only their own stack's
+weights (3 N D with source and target counted together, not 6 N D). Products and elementwise work alternate and do
+not overlap on one stream, so their times are added.
+
+Ignored: launching operators (which rules models under about 50M parameters), loading data, communication, and that
+rates differ by shape. Ranks recipes well; as a forecast in seconds take it for a lower bound.
+"""
+
+from dataclasses import dataclass
+
+from brim.hardware.device import Device, MatmulFormat
+from brim.memory import kept
+from brim.memory.anatomy import Block, Linear, Stack, anatomy
+from brim.memory.kept import FP32, Terms
+from brim.models.spec import ModelSpec
+from brim.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One optimizer step, all its micro-batches."""
+
+    flops: float
+    """Of matrix products, in the recipe's compute format."""
+    traffic_bytes: float
+    """Read and written by everything else."""
+    compute: MatmulFormat
+
+
+def step_time(spec: ModelSpec, recipe: Recipe, device: Device) -> float:
+    """Seconds of one optimizer step. Raises UsageError for a family without a row in `memory.anatomy`."""
+    work = step_work(spec, recipe)
+    return work.flops / device.flops[work.compute] + work.traffic_bytes / device.bandwidth_bytes_per_s
+
+
+def tokens_per_s(recipe: Recipe, seconds: float) -> float:
+    """Tokens of an optimizer step over its time; source and target counted together."""
+    return recipe.tokens_per_step / seconds
+
+
+def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
+    """FLOPs and traffic of one optimizer step."""
+    t = kept.terms(anatomy(spec), recipe)
+    checkpointed = recipe.memory.activation_checkpointing == "full"
+    flops = _head_flops(t) + sum(_stack_flops(stack, t, checkpointed=checkpointed) for stack in t.parts.stacks)
+    traffic = _forward_backward_traffic(t, checkpointed=checkpointed)
+    return Work(
+        flops=float(recipe.grad_accumulation * flops),
+        traffic_bytes=float(recipe.grad_accumulation * traffic + _optimizer_traffic(spec, recipe, t)),
+        compute="bf16" if recipe.precision.compute == "bf16" else "fp32",
+    )
+
+
+def _stack_flops(stack: Stack, t: Terms, *, checkpointed: bool) -> int:
+    """Forward 1, gradient of inputs 1, gradient of trained weights 1, recomputed forward 1."""
+    passes = 2 + checkpointed
+    linears = 2 * _multiplications(stack.block, stack.row, t) * (passes + t.trains_base)
+    adapters = 2 * t.rows * _length(stack.row, t) * t.adapter_parameters(stack.block) * (passes + 1)
+    # attention's backward has two products for each of forward's two
+    attention = _attention_flops(stack.block, stack.row, t) * (3 + checkpointed)
+    return stack.num_blocks * (linears + adapters + attention)
+
+
+def _multiplications(block: Block, row: str, t: Terms) -> int:
+    """Of all linears of a block, once forward: tokens x inputs x outputs; cross-attention's k and v see the source."""
+    tokens, products = _length(row, t), 0
+    for attention in block.attentions:
+        queries, *keys_and_values = attention.into
+        others = t.source_len if attention.cross else tokens
+        products += tokens * (_size(queries) + _size(attention.out)) + others * sum(map(_size, keys_and_values))
+    feed = block.feed_forward
+    return t.rows * (products + tokens * sum(map(_size, (*feed.into, feed.out))))
+
+
+def _size(linear: Linear) -> int:
+    return linear.inputs * linear.outputs
+
+
+def _attention_flops(block: Block, row: str, t: Terms) -> int:
+    """Scores and their product with v, forward: 4 x rows x tokens x keys x width; no saving for a causal mask."""
+    tokens = _length(row, t)
+    return sum(
+        4 * t.rows * tokens * (t.source_len if attention.cross else tokens) * attention.query_width
+        for attention in block.attentions
+    )
+
+
+def _head_flops(t: Terms) -> int:
+    """Logits, their gradient to the hidden states, and (if trained) to the head's weight; never recomputed."""
+    return 2 * t.rows * t.target_len * t.parts.embedding_parameters * (2 + t.trains_base)
+
+
+def _forward_backward_traffic(t: Terms, *, checkpointed: bool) -> int:
+    """What is kept is written and read once, and so is its gradient; recomputation writes it once more.
+
+    Logits in FP32: eight passes of upcast, log-softmax and their backward. Weights are read by each of their
+    products; a trained weight's gradient is written.
+    """
+    activations = sum(
+        stack.num_blocks * kept.block_bytes(stack.block, _length(stack.row, t), t) for stack in t.parts.stacks
+    )
+    logits = 8 * FP32 * t.rows * t.target_len * t.parts.vocab_size
+    weights = t.weight_bytes * (t.parts.block_linear_parameters + t.parts.embedding_parameters)
+    return (4 + checkpointed) * activations + logits + (2 + checkpointed + t.trains_base) * weights
+
+
+def _optimizer_traffic(spec: ModelSpec, recipe: Recipe, t: Terms) -> int:
+    """AdamW, fused: reads weight, gradient and two moments, writes weight and moments; clipping reads and writes
+    gradients once more. Over FP32 masters all but weight and gradient are FP32."""
+    adapters = sum(stack.num_blocks * t.adapter_parameters(stack.block) for stack in t.parts.stacks)
+    trained = spec.num_parameters if t.trains_base else adapters
+    gradient = 3 * t.weight_bytes
+    if recipe.precision.master == "fp32" and t.weight_bytes < FP32:
+        return trained * (gradient + 8 * FP32 + t.weight_bytes)
+    return trained * (gradient + 6 * t.weight_bytes)
+
+
+def _length(row: str, t: Terms) -> int:
+    return t.source_len if row == "source" else t.target_len

@@ -1,0 +1,36 @@
+"""LoRA through PEFT: small trainable matrices beside frozen weights."""
+
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from brim.errors import RecipeError, did_you_mean
+from brim.recipe import Recipe
+
+_TASKS = {"causal-lm": TaskType.CAUSAL_LM, "seq2seq-lm": TaskType.SEQ_2_SEQ_LM}
+
+
+def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    """`base` with adapters in the format of its weights (an FP32 copy of them is the optimizer's `master`)."""
+    targets = recipe.lora.targets
+    _check_targets(base, targets)
+    config = LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        task_type=_TASKS[recipe.task],
+    )
+    model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
+    return model
+
+
+def _check_targets(base: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    if targets == ("all-linear",):
+        return
+    known = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        if target.rsplit(".", 1)[-1] not in known:
+            raise RecipeError(
+                f"lora.targets: the model has no linear layer {target!r}{did_you_mean(target, known)}; "
+                f'known: {", ".join(sorted(known))}, or "all-linear" alone'
+            )

@@ -1,0 +1,52 @@
+"""A micro-batch: tensors of fixed shape, so that every step takes the memory that was predicted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from brim.layers.chunked_loss import IGNORED
+from brim.models import ModelSpec
+from brim.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows that go through the model at once. Shapes: B rows, T tokens of a row (S of a source row)."""
+
+    input_ids: Tensor
+    """Causal: BT. Sequence-to-sequence: BS, the source."""
+    labels: Tensor
+    """BT: the token that each position is to predict; -100 where there is nothing to learn."""
+    attention_mask: Tensor | None = None
+    """BS, 1 for source tokens and 0 for padding; sequence-to-sequence only."""
+    num_targets: int
+    """Labels that are not -100."""
+
+    def mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with each tensor replaced by what `move` makes of it."""
+        mask = self.attention_mask
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            attention_mask=None if mask is None else move(mask),
+        )
+
+
+def synthetic_batch(recipe: Recipe, spec: ModelSpec, *, seed: int = 0) -> Batch:
+    """Random tokens in the recipe's shape; a source row has one token of padding, as real data has."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(0, spec.vocab_size, (recipe.micro_batch_size, length), generator=generator)
+
+    if recipe.task == "causal-lm":
+        labels = tokens(recipe.seq_len)
+        return Batch(input_ids=tokens(recipe.seq_len), labels=labels, num_targets=labels.numel())
+    labels = tokens(recipe.target_len)
+    labels[0, -1] = IGNORED
+    mask = torch.ones(recipe.micro_batch_size, recipe.seq_len, dtype=torch.long)
+    mask[0, -1] = 0
+    return Batch(input_ids=tokens(recipe.seq_len), labels=labels, attention_mask=mask, num_targets=labels.numel() - 1)

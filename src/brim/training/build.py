@@ -1,0 +1,97 @@
+"""Recipe -> model and optimizer, in one order, on any device, fake or real."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from brim.errors import RecipeError
+from brim.memory import owners
+from brim.models import ModelSpec
+from brim.models.skeleton import load, skeleton
+from brim.recipe import Recipe
+from brim.training.adapters import add_lora
+from brim.training.head import OutputHead
+from brim.training.optimizer import AdamW
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What one recipe trains."""
+
+    recipe: Recipe
+    model: nn.Module
+    """The model as it is called: with adapters when the method has them."""
+    base: PreTrainedModel
+    """The same model without the adapters' wrapper."""
+    head: OutputHead
+    optimizer: AdamW
+    device: torch.device
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """BF16 matmuls over FP32 weights, when the recipe asks for them."""
+        precision = self.recipe.precision
+        if precision.weights == "fp32" and precision.compute == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+
+def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, device: str = "cpu") -> Workload:
+    """A recipe's model and optimizer on a device; inside a fake mode, fake ones.
+
+    `weights` is a directory in Hugging Face form; without it the weights are random. The order: weights in their
+    stored format -> device -> adapters (they take the base's format and place) -> checkpointing (it must see the
+    final blocks) -> optimizer (it must see the final parameters).
+
+    Raises RecipeError when the recipe does not go with the model.
+    """
+    check_recipe_fits_model(recipe, spec)
+    owners.switch("weights")
+    base = _model(recipe, spec, weights, torch.device(device))
+    base.config.use_cache = False
+    model: nn.Module = base
+    if recipe.method == "lora":
+        model = add_lora(base, recipe)
+    if recipe.memory.activation_checkpointing == "full":
+        # non-reentrant: frozen inputs (LoRA) need no hook, and only what is used again is kept
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    owners.claim("weights", [*model.parameters(), *model.buffers()])
+    owners.switch("optimizer")
+    optimizer = AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        recipe.optimizer,
+        fp32_master=recipe.precision.master == "fp32" and recipe.precision.weights != "fp32",
+    )
+    owners.claim("optimizer", optimizer.tensors())
+    owners.switch("workspace")
+    head = OutputHead(base, chunked=recipe.memory.loss == "chunked")
+    return Workload(recipe=recipe, model=model, base=base, head=head, optimizer=optimizer, device=torch.device(device))
+
+
+def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
+    """Raises RecipeError when task or sequence length do not go with the model."""
+    if recipe.task != spec.task:
+        raise RecipeError(f'task = "{recipe.task}" does not go with {spec.name}; nearest: task = "{spec.task}"')
+    positions = spec.config.get("max_position_embeddings") or spec.config.get("n_positions")
+    if positions and spec.task == "causal-lm" and recipe.seq_len > int(positions):
+        raise RecipeError(
+            f"seq_len = {recipe.seq_len} is past the {positions} positions that {spec.name} knows; "
+            f"nearest: seq_len = {positions}"
+        )
+
+
+def _model(recipe: Recipe, spec: ModelSpec, weights: Path | None, device: torch.device) -> PreTrainedModel:
+    dtype, attention = recipe.precision.weights, recipe.memory.attention
+    if weights is None:
+        with device:
+            return skeleton(spec, dtype=dtype, attention=attention)
+    model = load(spec, weights, dtype=dtype, attention=attention)
+    return model if device.type == "cpu" else model.to(device)

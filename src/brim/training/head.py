@@ -1,0 +1,104 @@
+"""The output head and its loss: all logits at once, or chunk by chunk.
+
+The head is also where the ledger changes lines: what it allocates is `loss`, and so is what backward allocates until
+the gradient has passed through it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from brim.errors import RecipeError
+from brim.layers.chunked_loss import IGNORED, Finish, chunked_cross_entropy
+from brim.memory import owners
+
+
+class OutputHead:
+    """The model's last linear layer, watched; in chunked mode the model runs without it.
+
+    Shapes: B rows, T tokens, H hidden size, V vocabulary.
+    """
+
+    def __init__(self, base: PreTrainedModel, *, chunked: bool) -> None:
+        self.chunked = chunked
+        self._linear = base.get_output_embeddings()
+        if not isinstance(self._linear, nn.Linear):
+            raise RecipeError(
+                f"{type(base).__name__} has no linear output head: it cannot be trained as a language model"
+            )
+        self._finish = finish_of(base)
+        self._linear.register_forward_pre_hook(_watch)
+
+    def loss(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor, *, scale: float) -> Tensor:
+        """`scale` times the sum of the cross-entropy over tokens with a label (not -100), in FP32.
+
+        Call `backward` on the result itself: in chunked mode the head's gradient is there already.
+        """
+        labels_N = labels_BT.flatten()
+        if not self.chunked:
+            # One expression: a name for the logits would keep them alive through backward.
+            total = F.cross_entropy(
+                model(**inputs).logits.flatten(0, 1).float(), labels_N, ignore_index=IGNORED, reduction="sum"
+            )
+            return total * scale
+        hidden_NH = self.hidden_states(model, inputs).flatten(0, 1)
+        owners.switch("loss")
+        return chunked_cross_entropy(hidden_NH, self._linear, labels_N, scale=scale, finish=self._finish)
+
+    def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """hidden_BTH: what the model hands to its head."""
+        with _without(self._linear) as seen:
+            model(**inputs)
+        return seen[0]
+
+    def check_finish(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        """Raises RecipeError when the model does more to its logits than the chunked loss knows of."""
+        with torch.no_grad():
+            expected_BTV = model(**inputs).logits
+            ours_BTV = self._finish(self._linear(self.hidden_states(model, inputs)))
+        if not torch.allclose(ours_BTV.float(), expected_BTV.float(), rtol=1e-2, atol=1e-2):
+            raise RecipeError(
+                'memory.loss = "chunked" does not know what this model does to its logits after the head; '
+                'nearest: memory.loss = "full"'
+            )
+
+
+def finish_of(base: PreTrainedModel) -> Finish:
+    """What the family does to logits after the head: a softcap (Gemma), a division (Granite), or nothing."""
+    softcap = getattr(base.config, "final_logit_softcapping", None)
+    if softcap:
+        return lambda logits: torch.tanh(logits / softcap) * softcap
+    scaling = getattr(base.config, "logits_scaling", None)
+    if scaling and base.config.model_type.startswith("granite"):
+        return lambda logits: logits / scaling
+    return lambda logits: logits
+
+
+def _watch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    owners.switch("loss")
+    if args[0].requires_grad:
+        args[0].register_hook(_leave_loss)
+
+
+def _leave_loss(_: Tensor) -> None:
+    owners.switch("activations")
+
+
+@contextmanager
+def _without(linear: nn.Linear) -> Iterator[list[Tensor]]:
+    """The layer hands its input on instead of working; the inputs it saw."""
+    seen: list[Tensor] = []
+
+    def hand_on(hidden_BTH: Tensor) -> Tensor:
+        seen.append(hidden_BTH)
+        return hidden_BTH
+
+    linear.forward = hand_on  # type: ignore[method-assign,assignment]
+    try:
+        yield seen
+    finally:
+        del linear.forward

@@ -1,0 +1,66 @@
+"""What a run tells while it goes: a record a step, kept as metrics.jsonl and as TensorBoard events."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+from brim.publish import write_whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What is known after a step."""
+
+    step: int
+    """From 1."""
+    steps: int
+    loss: float
+    learning_rate: float
+    tokens_per_s: float
+    allocated_bytes: int
+    """Highest of this step."""
+    peak_bytes: int
+    """Highest of the run so far."""
+    seconds_left: float
+
+
+class Metrics:
+    """metrics.jsonl, a line a step, and TensorBoard's events beside it."""
+
+    def __init__(self, directory: Path, *, first_step: int) -> None:
+        self._path = directory / "metrics.jsonl"
+        self._directory = directory
+        self._first_step = first_step
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "Metrics":
+        # Lines past the checkpoint belong to steps that are run again.
+        kept = self._path.read_text(encoding="utf-8").splitlines()[: self._first_step] if self._path.exists() else []
+        write_whole(self._path, "".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(self._directory / "events"), purge_step=self._first_step + 1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        self._file.close()
+        self._events.close()
+
+    def write(self, record: StepRecord) -> None:
+        assert self._file is not None
+        values = {
+            "loss": record.loss,
+            "learning_rate": record.learning_rate,
+            "tokens_per_s": record.tokens_per_s,
+            "allocated_bytes": record.allocated_bytes,
+        }
+        self._file.write(json.dumps({"step": record.step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, record.step)

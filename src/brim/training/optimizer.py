@@ -1,0 +1,81 @@
+"""AdamW over the trainable parameters, or over FP32 master copies of them.
+
+The arithmetic is `torch.optim.AdamW(fused=True)`: no temporaries. With master copies each parameter has an optimizer
+of its own, so that only one parameter's FP32 gradient exists at a time.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from brim.recipe import Optimizer
+
+
+class AdamW:
+    """Steps parameters from their gradients and frees the gradients."""
+
+    def __init__(self, parameters: list[nn.Parameter], settings: Optimizer, *, fp32_master: bool) -> None:
+        self._parameters = parameters
+        self._masters = [nn.Parameter(p.detach().float()) for p in parameters] if fp32_master else []
+        groups = [[master] for master in self._masters] or [parameters]
+        self._settings = settings
+        self._optimizers = [
+            torch.optim.AdamW(group, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+            for group in groups
+        ]
+
+    def step(self, learning_rate: float) -> None:
+        """One update; afterwards no parameter has a gradient."""
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate
+        if self._masters:
+            self._step_masters()
+            return
+        self._optimizers[0].step()
+        self._optimizers[0].zero_grad(set_to_none=True)
+
+    def _step_masters(self) -> None:
+        for parameter, master, optimizer in zip(self._parameters, self._masters, self._optimizers, strict=True):
+            if parameter.grad is None:
+                continue
+            master.grad = parameter.grad.float()
+            parameter.grad = None
+            optimizer.step()
+            master.grad = None
+            with torch.no_grad():
+                parameter.copy_(master)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that lives from step to step: states and master copies."""
+        yield from self._masters
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                yield from state.values()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Name -> tensor: `INDEX.exp_avg`, `INDEX.exp_avg_sq`, `INDEX.step`, and `INDEX.master`."""
+        tensors = {f"{index}.master": master.detach() for index, master in enumerate(self._masters)}
+        for index, state in enumerate(self._states()):
+            tensors |= {f"{index}.{key}": value for key, value in state.items()}
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the state that `state_dict` gave, bit by bit."""
+        for index, master in enumerate(self._masters):
+            master.data.copy_(tensors[f"{index}.master"])
+        owners_of_state = self._masters or self._parameters
+        for index, parameter in enumerate(owners_of_state):
+            optimizer = self._optimizers[index if self._masters else 0]
+            prefix = f"{index}."
+            state = {
+                name.removeprefix(prefix): tensor.clone()
+                for name, tensor in tensors.items()
+                if name.startswith(prefix) and name != f"{index}.master"
+            }
+            if state:
+                optimizer.state[parameter] = state
+
+    def _states(self) -> Iterator[dict[str, Tensor]]:
+        for index, parameter in enumerate(self._masters or self._parameters):
+            yield self._optimizers[index if self._masters else 0].state.get(parameter, {})

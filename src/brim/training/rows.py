@@ -1,0 +1,91 @@
+"""Reads training data: JSONL, JSON or plain text into rows of source and target text."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from brim.errors import DataError, did_you_mean
+
+_LAYOUTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("prompt",), "completion"),
+    (("question",), "answer"),
+    (("instruction", "input"), "output"),
+    (("instruction",), "output"),
+    (("source",), "target"),
+    ((), "text"),
+)
+"""Names of the columns of source and target; the first layout that a row has counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example; `source` is empty for plain text."""
+
+    source: str
+    target: str
+
+    @property
+    def text(self) -> str:
+        """As a causal model reads it."""
+        return f"{self.source}\n{self.target}" if self.source else self.target
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, by its suffix: `.jsonl`, `.json` (a list), else plain text as one row.
+
+    Raises DataError naming the file, and the line where there is one.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise DataError(f"data {path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"data {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+    if path.suffix not in (".jsonl", ".json"):
+        rows = [Row("", text)] if text.strip() else []
+    else:
+        rows = [_row(value, where=where) for where, value in _values(path, text)]
+    if not rows:
+        raise DataError(f"data {path} is empty: no row to learn from")
+    return rows
+
+
+def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".json":
+        try:
+            values = json.loads(text) if text.strip() else []
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+        if not isinstance(values, list):
+            raise DataError(f"{path}: not a list of rows; write [{{...}}, {{...}}] or use .jsonl, one object a line")
+        yield from ((f"{path}, row {index}", value) for index, value in enumerate(values, 1))
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}, line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); each line must be one object") from None
+
+
+def _row(value: Any, *, where: str) -> Row:
+    if not isinstance(value, Mapping):
+        raise DataError(f'{where}: not an object; write {{"text": "..."}}')
+    for sources, target in _LAYOUTS:
+        if target in value and all(name in value for name in sources):
+            parts = [value[name] for name in (*sources, target)]
+            if not all(isinstance(part, str) for part in parts):
+                raise DataError(f"{where}: {', '.join((*sources, target))} must be texts")
+            if not parts[-1].strip():
+                raise DataError(f"{where}: {target!r} is empty: nothing to learn")
+            return Row("\n".join(part for part in parts[:-1] if part), parts[-1])
+    known = sorted({name for sources, target in _LAYOUTS for name in (*sources, target)})
+    hints = "".join(did_you_mean(name, known) for name in list(value)[:4])
+    layouts = "; ".join("+".join((*sources, target)) for sources, target in _LAYOUTS)
+    raise DataError(f"{where}: columns {', '.join(map(str, value))} are no known layout ({layouts}){hints}")

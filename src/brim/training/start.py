@@ -1,0 +1,55 @@
+"""From names to a `Run`: prediction, weights, tokenizer and data, each checked before the next and before any step."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from brim.errors import ModelFileError
+from brim.models import ModelSpec
+from brim.models.weights import local_directory
+from brim.recipe import Recipe
+from brim.report import Prediction
+from brim.training.data import tokenize
+from brim.training.loop import Run
+from brim.training.rows import read_rows
+from brim.units import Progress, no_progress
+
+
+def prepare(
+    recipe: Recipe,
+    spec: ModelSpec,
+    *,
+    data: Path,
+    output: Path,
+    predicted: Prediction,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: Progress = no_progress,
+) -> Run:
+    """Everything a run needs. Reads the data first: it is what most often is wrong, and fast to see.
+
+    Progress is that of the weights. Raises DataError, ModelFileError and what `local_directory` raises.
+    """
+    rows = read_rows(data)
+    weights = local_directory(spec, progress=progress)
+    tokenizer = load_tokenizer(weights)
+    return Run(
+        recipe=recipe,
+        spec=spec,
+        weights=weights,
+        tokenizer=tokenizer,
+        data=tokenize(rows, tokenizer, recipe),
+        output=output,
+        predicted=predicted,
+        device=device,
+        resume=resume,
+    )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer beside the weights. Raises ModelFileError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{directory} has no tokenizer that transformers can read: {error}") from None

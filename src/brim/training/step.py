@@ -1,0 +1,47 @@
+"""One optimizer step: micro-batches forward and backward, then the update. Rehearsed and real runs call this."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from brim.memory import owners
+from brim.training.batches import Batch
+from brim.training.build import Workload
+
+
+def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: float) -> Tensor:
+    """Mean loss per target token over all micro-batches (an FP32 scalar); the parameters are updated.
+
+    The mean is over all tokens of the step, not of means, so accumulation does not change what is learned.
+    """
+    num_targets = sum(batch.num_targets for batch in batches)
+    total = torch.zeros((), dtype=torch.float32, device=workload.device)
+    for batch in batches:
+        total += _backward(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets)
+    owners.switch("workspace")
+    trainable = [parameter for parameter in workload.model.parameters() if parameter.requires_grad]
+    owners.claim("gradients", [parameter.grad for parameter in trainable if parameter.grad is not None])
+    if workload.recipe.optimizer.max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(trainable, workload.recipe.optimizer.max_grad_norm)
+    workload.optimizer.step(learning_rate)
+    owners.claim("optimizer", workload.optimizer.tensors())
+    return total
+
+
+def _backward(workload: Workload, batch: Batch, num_targets: int) -> Tensor:
+    """This micro-batch's share of the mean loss; its gradients are added up in the parameters."""
+    owners.switch("activations")
+    with workload.autocast():
+        loss = workload.head.loss(workload.model, _inputs(workload, batch), batch.labels, scale=1 / num_targets)
+    loss.backward()
+    owners.switch("workspace")
+    return loss.detach()
+
+
+def _inputs(workload: Workload, batch: Batch) -> dict[str, Tensor]:
+    inputs = {"input_ids": batch.input_ids}
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask
+        inputs["decoder_input_ids"] = workload.base.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+    return inputs
