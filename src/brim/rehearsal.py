@@ -40,10 +40,10 @@ def rehearse(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
 
 def rehearse_trace(spec: ModelSpec, recipe: Recipe, *, steps: int = 2) -> Trace:
     """Every allocation and free of the build and of `steps` optimizer steps, by owner."""
-    batch = synthetic_batch(recipe, spec)
+    synthetic = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
     with FakeWorld() as world, owners.listening(world.meter):
         workload = build(recipe, spec)
-        batches = [batch.mapped(world.bring) for _ in range(recipe.grad_accumulation)]
+        batches = [batch.mapped(world.bring) for batch in synthetic]
         for _ in range(steps):
             train_step(workload, batches, learning_rate=recipe.optimizer.learning_rate)
         return world.meter.trace

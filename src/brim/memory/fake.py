@@ -1,15 +1,18 @@
 """Fake tensors that take the path that real ones take.
 
-A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in four
-ways, each mended here; a test holds fake and real peaks equal for every lever.
+A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in six
+ways, each mended here; tests hold fake and real peaks equal for every lever and family.
 
 1. Models branch on a few small integer tensors (is anything padded? are sequences packed?): integers that are
-   computed from known ones keep their values.
+   computed from known ones, or from a mask of ones, keep their values.
 2. transformers takes another path when it notices fake tensors (an explicit mask where the real run has none:
    1 to 4 % too much): it is told that nothing is being traced.
 3. `nn.Module.to` refuses modules that hold fake parameters.
 4. Autograd adds a second gradient into the first in place when nobody else holds it, except for tensor subclasses,
    which fake tensors are.
+5. The grouped matmul of experts refuses fake inputs that are not BF16; the real one on a CPU takes any format. Its
+   sizes do not depend on the routing.
+6. Checkpointing keeps the random generator's state for each block, which no operator makes.
 """
 
 import sys
@@ -20,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -42,10 +46,12 @@ class FakeWorld:
 
     def __enter__(self) -> "FakeWorld":
         self._stack.enter_context(self._mode)
+        self._stack.enter_context(GroupedMatmulOfAnyFormat())
         self._stack.enter_context(self._known)
         self._stack.enter_context(self.meter)
         self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
         self._stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply_to_fakes))
+        self._stack.enter_context(mock.patch("torch.get_rng_state", self._rng_state))
         # Last, hence the first to see an operator: it counts references, and each mode below adds some.
         self._stack.enter_context(AccumulateInPlace())
         return self
@@ -60,6 +66,11 @@ class FakeWorld:
             self._known.remember(fake, tensor)
         self.meter.claim("workspace", [fake])
         return fake
+
+    def _rng_state(self) -> Tensor:
+        state: Tensor = torch.default_generator.get_state()
+        self.meter.see(state)
+        return state
 
 
 class KnownIntegers(TorchDispatchMode):
@@ -85,8 +96,10 @@ class KnownIntegers(TorchDispatchMode):
                 return self._values[args[0]].item()
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if outputs and all(_followed(output) for output in outputs):
+        if outputs and (func is torch.ops.aten.ones.default or all(_followed(output) for output in outputs)):
             self._follow(func, args, kwargs, outputs)
+        else:
+            self._lose(outputs)
         return out
 
     def _follow(
@@ -94,14 +107,18 @@ class KnownIntegers(TorchDispatchMode):
     ) -> None:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not all(tensor in self._values for tensor in inputs):
-            for output in outputs:
-                self._values.pop(output, None)  # written in place by something unknown
+            self._lose(outputs)
             return
         with _real():
             known_args, known_kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
             known = func(*known_args, **known_kwargs)
         for output, value in zip(outputs, tree_leaves(known), strict=True):
             self._values[output] = value
+
+    def _lose(self, outputs: list[Tensor]) -> None:
+        """Whatever was known of these was written over by something unknown."""
+        for output in outputs:
+            self._values.pop(output, None)
 
 
 @contextmanager
@@ -113,6 +130,23 @@ def _real() -> Iterator[None]:
 
 def _followed(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and tensor.numel() <= _LARGEST_KNOWN
+
+
+class GroupedMatmulOfAnyFormat(TorchDispatchMode):
+    """`_grouped_mm` gives what its kernel gives; the shape function that fake tensors use insists on BF16."""
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
+            return _create_grouped_mm_output_tensor(args[0], args[1], offsets, kwargs.get("out_dtype"))
+        return func(*args, **kwargs)
 
 
 class AccumulateInPlace(TorchDispatchMode):

@@ -34,11 +34,11 @@ class LifetimeMeter(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
-            self._see(out)
+            self.see(out)
         else:
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
-                    self._see(leaf)
+                    self.see(leaf)
         return out
 
     def switch(self, line: str) -> None:
@@ -47,10 +47,11 @@ class LifetimeMeter(TorchDispatchMode):
     def claim(self, line: str, tensors: Iterable[Tensor]) -> None:
         """Put these tensors on a line; one that the meter has not met counts from now on."""
         for tensor in tensors:
-            self._see(tensor)
+            self.see(tensor)
             self._blocks[_key(tensor.untyped_storage())].line = line
 
-    def _see(self, tensor: Tensor) -> None:
+    def see(self, tensor: Tensor) -> None:
+        """Count this tensor's storage from now on, if it is new."""
         storage = tensor.untyped_storage()
         key = _key(storage)
         if key in self._blocks:
