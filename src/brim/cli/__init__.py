@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import brim
 from brim import errors
-from brim.cli import console, evaluate, formats, generate, plan, predict, quantize, tune
+from brim.cli import console, demo, evaluate, formats, generate, plan, predict, quantize, tune
 
 INTERRUPTED = 130
 
@@ -44,6 +44,7 @@ def frame(
         raise typer.Exit(2)
 
 
+app.command("demo")(demo.command)
 app.command("evaluate")(evaluate.command)
 # A negative number begins like an option.
 app.command("formats", context_settings={"ignore_unknown_options": True})(formats.command)

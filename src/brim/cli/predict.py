@@ -1,14 +1,12 @@
 """`brim predict`: the ledger of exactly one recipe."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from brim import units
-from brim.cli import console, options
-from brim.errors import UsageError
+from brim.cli import console, options, picture
 from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Prediction
@@ -23,21 +21,22 @@ def command(
     micro_batch_size: options.MicroBatchSize = None,
     settings: options.Settings = None,
     quick: Annotated[bool, typer.Option("--quick", help="Closed form instead of a rehearsal: no torch.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write the ledger as a picture: FILE.svg or FILE.png.")] = None,
+    plot: picture.Plot = None,
     json: options.Json = False,
 ) -> int:
     """Peak memory of one recipe, by owner."""
+    picture.check(plot)
     recipe, spec = options.recipe_of(
         source, method=method, seq_len=seq_len, micro_batch_size=micro_batch_size, settings=settings
     )
     cap = None if memory is None else units.parse_bytes(memory)
     prediction = _estimated(spec, recipe, device, cap) if quick else _rehearsed(spec, recipe, device, cap)
-    if plot is not None:
-        from brim.memory.picture import draw_ledgers
-
-        if plot.suffix not in (".svg", ".png"):
-            raise UsageError(f"--plot {plot}: pictures are .svg or .png")
-        draw_ledgers(plot, title=prediction.model, bars={"predicted": prediction.ledger})
+    picture.draw(
+        plot,
+        title=f"{prediction.model} on {prediction.device_name}",
+        bars={"predicted": prediction.ledger},
+        budget_bytes=None if cap is None else prediction.budget_bytes,
+    )
     if json:
         console.print_json(prediction.to_dict())
     else:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from brim import units
-from brim.cli import console, options
+from brim.cli import console, options, picture
 from brim.errors import DoesNotFitError, UsageError
 from brim.recipe import Recipe
 from brim.report import LEDGER_LINES, Prediction, RunReport
@@ -32,9 +32,11 @@ def command(
     seq_len: options.SeqLen = None,
     micro_batch_size: options.MicroBatchSize = None,
     settings: options.Settings = None,
+    plot: picture.Plot = None,
     json: options.Json = False,
 ) -> int:
     """Run a recipe; predicted beside measured at the end."""
+    picture.check(plot)
     if data is None:
         raise UsageError("no data to learn from; add --data FILE.jsonl (one object a line) or a plain text file")
     steps = [] if max_steps is None else [f"training.max_steps={max_steps}"]
@@ -69,6 +71,12 @@ def command(
 
     with stop_on_signal() as stopped, show_steps(recipe) as on_step:
         report = run(job, on_step=on_step, should_stop=lambda: stopped[0])
+    picture.draw(
+        plot,
+        title=f"{report.model}, {recipe.method}: predicted and measured peak",
+        bars={"predicted": report.predicted.ledger, "measured": report.measured.ledger},
+        budget_bytes=None if cap is None else predicted.budget_bytes,
+    )
     if json:
         console.print_json(report.to_dict())
     else:

@@ -46,7 +46,7 @@ class FakeWorld:
 
     def __enter__(self) -> "FakeWorld":
         self._stack.enter_context(self._mode)
-        self._stack.enter_context(GroupedMatmulOfAnyFormat())
+        self._stack.enter_context(GroupedMatmulOfAnyFormat())  # type: ignore[no-untyped-call]
         self._stack.enter_context(self._known)
         self._stack.enter_context(self.meter)
         self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))

@@ -1,0 +1,43 @@
+"""`--plot FILE`: checked before the work starts, drawn after it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from brim.errors import MissingPartError, UsageError
+from brim.report import Ledger
+
+_SUFFIXES = (".svg", ".png")
+
+Plot = Annotated[
+    Path | None, typer.Option(help="Write the ledger as a picture: FILE.svg or FILE.png.", show_default=False)
+]
+
+
+def check(path: Path | None) -> None:
+    """Raises UsageError for a file that cannot be drawn, MissingPartError without what draws it."""
+    if path is None:
+        return
+    if path.suffix not in _SUFFIXES:
+        raise UsageError(f"--plot {path}: pictures are {' or '.join(_SUFFIXES)}; give the file one of these endings")
+    try:
+        import matplotlib  # noqa: F401 - asked for its presence
+    except ImportError:
+        raise MissingPartError("--plot needs matplotlib; run: pip install 'brim[plot]'") from None
+
+
+def draw(path: Path | None, *, title: str, bars: Mapping[str, Ledger], budget_bytes: int | None = None) -> None:
+    """One bar per ledger; the file appears whole."""
+    if path is None:
+        return
+    from brim.memory.picture import draw_ledgers
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        draw_ledgers(partial, title=title, bars=bars, budget_bytes=budget_bytes)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
