@@ -12,7 +12,7 @@ Quantized = Any  # conftest's; pytest does not let tests import it by name
 
 LINEAR_WEIGHTS = 106_168_320  # 30 layers of 576: q, k, v, o and three of the MLP
 LINEAR_ROWS = 30 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
-TOKENS = 2048
+TOKENS = 4096
 
 
 def test_linear_weights_take_a_quarter(smollm2: Quantized) -> None:
@@ -43,10 +43,10 @@ def test_it_loads_tied_and_speaks(smollm2: Quantized) -> None:
 
 
 def test_perplexity_rises_by_less_than_one_percent(smollm2: Quantized) -> None:
-    """Over 4,095 tokens of the excerpt that ships with Brim (window 512), INT8 costs under 1 % (17.93 to 18.06)."""
+    """Over 4,095 tokens of the excerpt that ships with Brim (window 512), INT8 costs under 1 % (19.57 to 19.70)."""
     text = held_text()
     plain, small = (
-        perplexity(load(path, device="cpu"), text, window=512, stride=384, max_tokens=TOKENS)
+        perplexity(load(path, device="cpu"), text, window=512, stride=448, max_tokens=TOKENS)
         for path in (smollm2.source, smollm2.output)
     )
     assert plain.num_tokens == small.num_tokens == TOKENS - 1
