@@ -1,5 +1,6 @@
 """Outputs appear whole or not at all: written beside their place, forced to the disk, then renamed."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.partial-"
-    for leftover in target.parent.glob(f"{prefix}*"):
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(leftover)
     partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     partial.chmod(0o755)

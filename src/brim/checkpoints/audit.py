@@ -96,7 +96,8 @@ class TensorAudit:
 
     def add(self, source: Tensor, decoded: Tensor, *, clipped: int = 0, scale: Tensor | None = None) -> None:
         """A tile as it was and as its reader will see it; both may be overwritten."""
-        source, decoded = source.float(), decoded.float()
+        dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+        source, decoded = source.to(dtype), decoded.to(dtype)
         self.elements += source.numel()
         self.clipped += clipped
         self.zeroed += int(torch.count_nonzero(source)) - int(torch.count_nonzero(decoded))

@@ -4,6 +4,7 @@ Every output's name, shape and dtype follows from the source's headers, so disk 
 written before the first weight is read. What was written is read back and compared before the directory appears.
 """
 
+import errno
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from brim.checkpoints.layouts import int_quantized, plain
 from brim.checkpoints.linears import find_linears
 from brim.checkpoints.reader import tiles
 from brim.checkpoints.writer import SafetensorsWriter, Shard, Written, plan_shards, write_index
-from brim.errors import ModelFileError, UsageError
+from brim.errors import DoesNotFitError, ModelFileError, UsageError
 from brim.models import describe
 from brim.models.directory import StoredTensor, checked_file, stored_tensors
 from brim.models.files import read_json_object
@@ -69,10 +70,10 @@ def quantize(source: Path, output: Path, *, to: Target, progress: Progress = no_
     weights as INT8 (compressed-tensors `int-quantized`); tokenizer, generation settings and licences go along.
 
     `progress` counts bytes read from the source and back from the output. The output appears whole or not at all.
-    Raises UsageError for a source that is quantized or an output that exists, ModelFileError for NaN, Inf and overflow,
-    DoesNotFitError where the disk lacks the room.
+    Raises UsageError for a source that is quantized, that INT8 has nothing for, or an output that exists,
+    ModelFileError for NaN, Inf and overflow, DoesNotFitError where the disk lacks the room.
     """
-    _check_output(source, output)
+    check_output(output, source=source)
     spec = describe(str(source.resolve()))
     job = _job(source, spec, to)
     shards = plan_shards(conversion.outputs for conversion in job.conversions)
@@ -81,14 +82,14 @@ def quantize(source: Path, output: Path, *, to: Target, progress: Progress = no_
     check_room(output.absolute().parent, sum(shard.nbytes for shard in shards) + small_bytes, what=f"output {output}")
     total = sum(conversion.source.spec.nbytes for conversion in job.conversions)
     total += sum(output.nbytes for conversion in job.conversions for output in conversion.outputs)
-    with whole_directory(output.absolute()) as directory:
+    with _full_disk(output), whole_directory(output.absolute()) as directory:
         counter = _Counter(progress, total)
         with _one_thread():
             reports, written = _write_weights(directory, job.conversions, shards, counter)
         write_index(directory, shards)
         _verify(directory, written, counter)
         copy_companions(files, directory)
-        report = QuantizationReport(model=source.name, to=to, layout=job.layout, tensors=reports)
+        report = QuantizationReport(model=source.resolve().name, to=to, layout=job.layout, tensors=reports)
         _write_json(directory / CONFIG, job.config)
         _write_json(directory / REPORT_NAME, report.to_dict())
     return report
@@ -115,20 +116,34 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_output(source: Path, output: Path) -> None:
-    if output.resolve() == source.resolve():
+@contextmanager
+def _full_disk(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DoesNotFitError(
+            f"output {output}: the disk ran full while it was written ({error.strerror}), so nothing was kept; "
+            "free some, or choose a place on a larger disk"
+        ) from error
+
+
+def check_output(output: Path, *, source: Path | None) -> None:
+    """Raises UsageError unless `output` can be made: nothing of that name exists, or an empty directory."""
+    if source is not None and output.resolve() == source.resolve():
         raise UsageError(f"output {output} is the model itself; name another directory with --output")
-    if (output.exists() or output.is_symlink()) and not (output.is_dir() and not any(output.iterdir())):
+    # A link, even to an empty directory, is not something that a finished directory can be renamed to.
+    if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
         raise UsageError(f"output {output} exists already; name another with --output, or remove it")
 
 
 def _job(source: Path, spec: ModelSpec, to: Target) -> _Job:
     config = read_json_object(checked_file(source, CONFIG))
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise UsageError(f"{source} is quantized already ({method}); quantize the model it was made from")
     stored = stored_tensors(source)
     if not stored:
         raise UsageError(f"{source} has a config.json but no weights; copy its safetensors files beside it")
+    _check_unquantized(source, config, stored)
     if to == "int8":
         linears = find_linears(spec, tensors=[tensor.spec.name for tensor in stored if _is_float_matrix(tensor.spec)])
         conversions = tuple(
@@ -138,9 +153,35 @@ def _job(source: Path, spec: ModelSpec, to: Target) -> _Job:
     else:
         job = _Job(tuple(_cast(tensor, to) for tensor in stored), plain.config(config, to=to), "plain")
     if all(conversion.outputs == (conversion.source.spec,) for conversion in job.conversions):
-        what = "no linear weight in a float format" if to == "int8" else f"nothing that is not {to.upper()} already"
-        raise UsageError(f"{source} has {what}, so there is nothing to do")
+        raise UsageError(f"{source} has {_nothing(spec, to)}")
     return job
+
+
+def _nothing(spec: ModelSpec, to: str) -> str:
+    if to == "int8":
+        # GPT-2's Conv1D modules, for one, hold their weights transposed; readers of INT8 know linear modules alone.
+        return (
+            "no weight that can become INT8: only those of linear modules (torch.nn.Linear, the head apart) can, and "
+            f"{spec.model_type} has none in a float format (Conv1D, as in GPT-2, is none); use --to bf16 or fp16"
+        )
+    return f"nothing that is not {to.upper()} already, so there is nothing to do"
+
+
+def _check_unquantized(source: Path, config: Mapping[str, Any], stored: Sequence[StoredTensor]) -> None:
+    text = config.get("text_config")
+    for facts in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if found := facts.get(key):
+                method = found.get("quant_method", "") if isinstance(found, dict) else ""
+                raise UsageError(
+                    f"{source} is quantized already ({method or key}); quantize the model it was made from"
+                )
+    names = {tensor.spec.name for tensor in stored}
+    suffix = int_quantized.SCALE_SUFFIX
+    if scale := next(
+        (name for name in sorted(names) if name.endswith(suffix) and name.removesuffix(suffix) in names), ""
+    ):
+        raise UsageError(f"{source} is quantized already (it holds {scale}); quantize the model it was made from")
 
 
 def _keep(tensor: StoredTensor) -> Conversion:
@@ -200,7 +241,7 @@ def _convert(conversion: Conversion, writer: SafetensorsWriter, counter: _Counte
         for output, part in zip(conversion.outputs, encoded.parts, strict=True):
             writer.append(output.name, part)
         if encoded.decoded is not None:
-            if past := int(torch.isinf(encoded.decoded).sum()):
+            if past := int(torch.isinf(tile.to(encoded.decoded.dtype)).sum()):
                 overflowed, largest = overflowed + past, max(largest, float(tile.abs().max()))
             audit.add(tile, encoded.decoded, clipped=encoded.clipped, scale=encoded.scale)
         first += tile.numel()
@@ -212,8 +253,10 @@ def _convert(conversion: Conversion, writer: SafetensorsWriter, counter: _Counte
 
 def _check_finite(tile: Tensor, source: StoredTensor, first: int) -> None:
     """Raises ModelFileError with the place of the first NaN or Inf; the tile begins at element `first`."""
-    if not tile.is_floating_point() or tile.itemsize < 2:
+    if not tile.is_floating_point():
         return
+    if tile.itemsize == 1:
+        tile = tile.float()  # torch neither adds FP8 nor asks it for Inf
     # One pass: the sum of a tensor is finite only if its elements are (it may overflow all the same, so look again).
     if bool(torch.isfinite(tile.sum())):
         return

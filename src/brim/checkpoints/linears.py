@@ -1,12 +1,16 @@
 """Which tensors of a model are weights of linear layers: asked of the model's modules, not of its tensors' names."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from brim.errors import UsageError
 from brim.models.skeleton import skeleton
 from brim.models.spec import ModelSpec
 
@@ -25,33 +29,60 @@ def find_linears(spec: ModelSpec, *, tensors: Iterable[str]) -> Linears:
 
     `tensors` names those in the file that can be quantized. The output head is left alone, and every module that shares
     its weight with another: quantizing one of them would untie the two.
-    Raises UsageError for a family that transformers does not know.
+    Raises UsageError for a family that transformers does not know, or that it cannot load with quantized weights.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _quiet_transformers():
         model = skeleton(spec, dtype="fp32", attention="eager")
+    _check_unmerged(model, spec)
     modules = dict(model.named_modules())
     holders = Counter(id(parameter) for module in modules.values() for parameter in module.parameters(recurse=False))
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings()
-    file_names = _file_names(linears, frozenset(tensors), prefix=f"{model.base_model_prefix}.")
+    weights = _file_names([f"{name}.weight" for name in linears], frozenset(tensors), model)
     wanted = {
-        name: file_names[name]
+        name: weights[f"{name}.weight"]
         for name, module in linears.items()
-        if name in file_names and module is not head and holders[id(module.weight)] == 1
+        if f"{name}.weight" in weights and module is not head and holders[id(module.weight)] == 1
     }
     return Linears(frozenset(wanted.values()), tuple(sorted(linears.keys() - wanted.keys())))
 
 
-def _file_names(modules: Iterable[str], tensors: frozenset[str], *, prefix: str) -> dict[str, str]:
-    """Module -> name of its weight in the file, for those that are there.
+def _check_unmerged(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """Raises UsageError for experts that the file holds one by one and the model as a single tensor.
+
+    transformers merges them when it loads, and cannot beside INT8 weights (5.23, CompressedTensorsDequantize.convert:
+    it looks for packed experts and finds none). Delete this when it passes plain experts through.
+    """
+    stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    there = _file_names(stacked, frozenset(tensor.name for tensor in spec.tensors), model)
+    if merged := [name for name in stacked if name not in there]:
+        raise UsageError(
+            f"{spec.name}: transformers makes {merged[0]} of several tensors when it loads {spec.model_type}, "
+            "and cannot do so in an INT8 checkpoint; use --to bf16 or fp16"
+        )
+
+
+def _file_names(names: Iterable[str], tensors: frozenset[str], model: PreTrainedModel) -> dict[str, str]:
+    """Parameter of the model -> name of its tensor in the file, for those that are there.
 
     A file saved from the bare model, without head, lacks the prefix that its modules have here, or has one too many;
     transformers finds such tensors, so this does as well.
     """
+    prefix = f"{model.base_model_prefix}."
     found = {}
-    for module in modules:
-        own = f"{module}.weight"
+    for own in names:
         candidates = (name for name in (own, own.removeprefix(prefix), prefix + own) if name in tensors)
         if name := next(candidates, None):
-            found[module] = name
+            found[own] = name
     return found
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its remarks on configs, which are not about what is done here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -45,18 +45,25 @@ class SafetensorsWriter:
             end += tensor.nbytes
         self.written = dict.fromkeys(self._begin, Written(0, 0))
         self._file = path.open("xb", buffering=0)
-        self._file.write(header)
-        self._file.truncate(end)
+        try:
+            self._write_all(memoryview(header))
+            self._file.truncate(end)
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, name: str, part: Tensor) -> None:
         """The next bytes of this tensor."""
         view = part.contiguous().reshape(-1).view(torch.uint8).numpy().data
         nbytes, crc32 = self.written[name]
         self._file.seek(self._begin[name] + nbytes)
-        left = view
+        self._write_all(view)
+        self.written[name] = Written(nbytes + len(view), zlib.crc32(view, crc32))
+
+    def _write_all(self, left: memoryview) -> None:
+        # A raw file may take less than it is given, for example the last bytes of a full disk.
         while left:
             left = left[self._file.write(left) :]
-        self.written[name] = Written(nbytes + len(view), zlib.crc32(view, crc32))
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

@@ -1,6 +1,7 @@
 """`brim formats [NUMBER]`: number formats as rows, and what becomes of a number in each."""
 
 import math
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
 import typer
@@ -36,11 +37,13 @@ def command(
 
 def _parse(text: str) -> float:
     try:
-        value = float(text)
-    except ValueError:
+        value, exact = float(text), Decimal(text)
+    except (ValueError, InvalidOperation):
         raise UsageError(f"{text!r} is not a number; write for example 3.14159265 or 1e-5") from None
-    if not math.isfinite(value):
+    if not exact.is_finite():
         raise UsageError(f"{text} is not a finite number; write for example 3.14159265 or 1e-5")
+    if math.isinf(value) or bool(exact) != bool(value):
+        raise UsageError(f"{text} is outside what 64 bits hold (5e-324 to 1.8e308); write for example 3.14159265")
     return value
 
 

@@ -29,7 +29,7 @@ def command(
     json: Json = False,
 ) -> None:
     """A smaller checkpoint: FP16, BF16, or INT8 linear weights."""
-    from brim.checkpoints.convert import Target, quantize
+    from brim.checkpoints.convert import Target, check_output, quantize
     from brim.models import describe
     from brim.models.weights import local_directory
 
@@ -39,6 +39,7 @@ def command(
         raise UsageError(f"cannot quantize to {to!r}; formats: {', '.join(known)}")
     spec = describe(model)
     place = output or Path(f"{_short_name(model)}-{target}")
+    check_output(place, source=spec.path)  # before anything is downloaded
     with console.progress(f"preparing {model}") as listen:
         source = local_directory(spec, progress=listen)
     started = time.perf_counter()

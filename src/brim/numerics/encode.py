@@ -43,7 +43,7 @@ def encode_integer(
     """Symmetric integers: scale = absmax / last code, codes rounded half to even (granularity None: per channel).
 
     The scale is rounded to `scale_dtype` first and the codes are made with it as stored. Where it would be zero
-    it is 1, and the codes are zero; where it would overflow it is the largest of its dtype.
+    it is 1, and the codes are zero; it is never so large that the last code decodes to more than its dtype holds.
     """
     granularity = PerChannel() if granularity is None else granularity
     low, high = FORMATS[format].codes
@@ -65,8 +65,16 @@ def decode(codes_RK: Tensor, scale: Tensor, *, granularity: Granularity | None =
 def absmax_scale(blocks: Tensor, *, largest_code: int, dtype: torch.dtype) -> Tensor:
     """(..., B) -> (..., 1): the largest element of each block maps to `largest_code`."""
     scale = blocks.abs().amax(dim=-1, keepdim=True) / largest_code
-    stored = scale.clamp_(max=torch.finfo(dtype).max).to(dtype)
+    stored = scale.clamp_(max=_largest_scale(largest_code, dtype)).to(dtype)
     return torch.where(stored == 0, torch.ones_like(stored), stored)
+
+
+def _largest_scale(largest_code: int, dtype: torch.dtype) -> float:
+    """The largest scale of this dtype whose last code is still finite in it: readers decode in the scale's dtype."""
+    largest = torch.finfo(dtype).max
+    nearest = torch.tensor(largest / largest_code, dtype=dtype)
+    below = torch.nextafter(nearest, torch.zeros_like(nearest))
+    return float(nearest if float(nearest) * largest_code <= largest else below)
 
 
 def _as_blocks(weight_RK: Tensor, granularity: Granularity) -> Tensor:

@@ -31,7 +31,8 @@ def represent(row: NumberFormat, number: float, *, scale: float | None = None) -
     """The finite `number` in this format: the nearest value, of two equally near ones the even code.
 
     Where the format takes a scale: `scale`, or when None the one fitted to this number alone, as stored. Numbers past
-    the largest value become the largest where the format has no Inf, as in torch (FP8 E4M3), GGUF and OCP MX.
+    the largest value become the largest where the format has no Inf, as in torch (FP8 E4M3) and OCP MX. A scale is no
+    larger than its format's largest; ggml would store Inf there.
     """
     if row.scale == "none":
         value = round_to_float(row, number)
@@ -63,12 +64,13 @@ def round_to_float(row: NumberFormat, number: float | Fraction) -> float:
     if not number:
         return float(number)
     exact = Fraction(number)
+    sign = -1 if exact < 0 else 1  # a fraction may be past what a float holds
     exponent = max(_exponent(exact), row.min_exponent)
     quantum = Fraction(2) ** (exponent - row.fraction_bits)
     rounded = round(exact / quantum) * quantum
     if abs(rounded) > Fraction(row.largest):
-        return math.copysign(math.inf if row.top_exponent == "inf-nan" else row.largest, number)
-    return math.copysign(float(abs(rounded)), number)
+        return math.copysign(math.inf if row.top_exponent == "inf-nan" else row.largest, sign)
+    return math.copysign(float(abs(rounded)), sign)
 
 
 def _nearest_code(row: NumberFormat, scaled: Fraction) -> float:
