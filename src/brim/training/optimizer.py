@@ -69,7 +69,7 @@ class AdamW:
             optimizer = self._optimizers[index if self._masters else 0]
             prefix = f"{index}."
             state = {
-                name.removeprefix(prefix): tensor.clone()
+                name.removeprefix(prefix): tensor.to(parameter.device, copy=True)
                 for name, tensor in tensors.items()
                 if name.startswith(prefix) and name != f"{index}.master"
             }
