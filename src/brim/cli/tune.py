@@ -54,11 +54,8 @@ def command(
         from brim.rehearsal import rehearse
         from brim.training.loop import run
         from brim.training.start import prepare
-        from brim.training.workplace import can_resume, check_output
 
-        check_output(target, resume=resume)
-        if resume and not can_resume(target):
-            console.note(f"nothing to resume at {target}: starting at the first step")
+        check_place(target, resume=resume)
         for warning in warnings_of(recipe, eval_data):
             console.note(warning)
         found = resolve_device(device, cap)
@@ -84,6 +81,15 @@ def command(
         show(report)
         console.out.print(f"written: {target}", markup=False)
     return 0
+
+
+def check_place(target: Path, *, resume: bool) -> None:
+    """Refuse an output that is taken before anything takes time; say when there is nothing to resume."""
+    from brim.training.workplace import can_resume, check_output
+
+    check_output(target, resume=resume)
+    if resume and not can_resume(target):
+        console.note(f"nothing to resume at {target}: starting at the first step")
 
 
 def warnings_of(recipe: Recipe, eval_data: Path | None) -> list[str]:

@@ -7,19 +7,25 @@ No pickle.
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from brim.checkpoints.reader import tiles
 from brim.errors import ModelFileError, UsageError
+from brim.memory import owners
+from brim.models.directory import StoredTensor
+from brim.models.safetensors_header import read_header
+from brim.numerics.encode import TORCH_DTYPES
 from brim.publish import whole_directory
 from brim.report import Ledger, Peak
 from brim.training.build import Workload
+from brim.training.optimizer import like
 
 _RANDOM = "random_generator"
 _CUDA_RANDOM = "cuda_random_generator"
@@ -86,10 +92,10 @@ def load_checkpoint(directory: Path, workload: Workload, *, data: str) -> Progre
         _check_same(newest, state["recipe"] == workload.recipe.to_dict(), "recipe")
         _check_same(newest, state["data"] == data, "data")
         progress = Progress.from_dict(state["progress"])
-        _restore(workload, load_file(newest / "trainable.safetensors"), load_file(newest / "optimizer.safetensors"))
+        _restore(workload, _Stored(newest / "trainable.safetensors"), _Stored(newest / "optimizer.safetensors"))
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelFileError(
             f"checkpoint {newest} is damaged ({type(error).__name__}: {error}); remove it to start over"
         ) from None
@@ -103,16 +109,44 @@ def _check_same(checkpoint: Path, same: bool, what: str) -> None:
         )
 
 
-def _restore(workload: Workload, trainable: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for: all at once would take more memory than training does."""
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        self._tensors = {
+            entry.spec.name: StoredTensor(spec=entry.spec, path=path, offset=header.data_start + entry.begin)
+            for entry in header.tensors
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._tensors[name]
+        tensor = torch.empty(stored.spec.shape, dtype=TORCH_DTYPES.get(stored.spec.dtype, torch.uint8))
+        filled = 0
+        for tile in tiles(stored):
+            tensor.view(-1)[filled : filled + len(tile)] = tile
+            filled += len(tile)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _restore(workload: Workload, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in workload.trainable.items():
-            if trainable[name].shape != parameter.shape:
-                raise ValueError(f"{name} has shape {tuple(trainable[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(trainable[name])
-    torch.set_rng_state(optimizer.pop(_RANDOM))
-    if workload.device.type == "cuda":
-        torch.cuda.set_rng_state(optimizer.pop(_CUDA_RANDOM), workload.device)
+            parameter.copy_(like(trainable[name], parameter, name))
     workload.optimizer.load_state_dict(optimizer)
+    owners.claim("optimizer", workload.optimizer.tensors())
+    torch.set_rng_state(optimizer[_RANDOM])
+    if workload.device.type == "cuda":
+        torch.cuda.set_rng_state(optimizer[_CUDA_RANDOM], workload.device)
 
 
 def _trainable(workload: Workload) -> dict[str, Tensor]:

@@ -95,8 +95,10 @@ def explain_full_disk(output: Path, doing: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors says so in words only ("... (os error 28)").
-        full = error.errno == errno.ENOSPC if isinstance(error, OSError) else f"os error {errno.ENOSPC}" in str(error)
-        if not full:
+        if not any(
+            error.errno == code if isinstance(error, OSError) else f"os error {code}" in str(error)
+            for code in (errno.ENOSPC, errno.EDQUOT)
+        ):
             raise
         kept = "then go on with --resume from the last checkpoint" if can_resume(output) else "then start again"
         raise DoesNotFitError(f"the disk of {output.absolute().parent} is full ({doing}); free some, {kept}") from error

@@ -54,7 +54,7 @@ def compare(ours: Problem, theirs: Problem, tolerance: dict[str, float], count: 
     assert len(ours.gradients()) == len(theirs.gradients()) == count
     for our, their in zip(ours.gradients(), theirs.gradients(), strict=True):
         assert our.dtype == their.dtype
-        torch.testing.assert_close(our, their, **tolerance)
+        torch.testing.assert_close(our, their, rtol=tolerance["rtol"], atol=tolerance["atol"])
 
 
 @pytest.mark.parametrize("finish", FINISHES.values(), ids=FINISHES)

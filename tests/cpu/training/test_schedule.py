@@ -1,6 +1,6 @@
 """The learning rate against transformers' and torch's own schedules."""
 
-from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -13,8 +13,11 @@ from brim.training.schedule import learning_rate
 FULL = 3e-4
 
 
-def ours(schedule: str, warmup: int, steps: int) -> list[float]:
-    training = replace(Training(), warmup_steps=warmup, schedule=schedule)
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def ours(schedule: Schedule, warmup: int, steps: int) -> list[float]:
+    training = Training(warmup_steps=warmup, schedule=schedule)
     recipe = Recipe(model="any", optimizer=Optimizer(learning_rate=FULL), training=training)
     return [learning_rate(recipe, step, steps) for step in range(steps)]
 
@@ -22,7 +25,7 @@ def ours(schedule: str, warmup: int, steps: int) -> list[float]:
 def walked(scheduler: LambdaLR, steps: int) -> list[float]:
     rates = []
     for _ in range(steps):
-        rates.append(scheduler.get_last_lr()[0])
+        rates.append(float(scheduler.get_last_lr()[0]))
         scheduler.optimizer.step()
         scheduler.step()
     return rates
@@ -43,7 +46,7 @@ def test_schedules(warmup: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_warmup(schedule: str) -> None:
+def test_warmup(schedule: Schedule) -> None:
     """Warm-up rises in equal parts and is at the full rate in its last step, never at zero."""
     rates = ours(schedule, 4, 10)
     assert rates[:4] == pytest.approx([FULL / 4, FULL / 2, FULL * 3 / 4, FULL])

@@ -85,7 +85,7 @@ def test_the_known_finish_is_the_models(family: str, make_recipe: MakeRecipe, ma
     workload.head.check_finish(workload.model, inputs)
     assert workload.model.training
     workload.head._finish = lambda logits: logits * 1.5
-    with pytest.raises(RecipeError, match='nearest: memory.loss = "full"'):
+    with pytest.raises(RecipeError, match=r'nearest: memory\.loss = "full"'):
         workload.head.check_finish(workload.model, inputs)
 
 
@@ -138,7 +138,7 @@ def test_accumulation_is_a_larger_batch(
     whole = replace(whole, num_targets=int((whole.labels != -100).sum()))
     parts = []
     for start in (0, 2, 4):
-        part = whole.mapped(lambda tensor, start=start: tensor[start : start + 2])
+        part = rows_of(whole, slice(start, start + 2))
         parts.append(replace(part, num_targets=int((part.labels != -100).sum())))
     assert len({part.num_targets for part in parts}) > 1
     one, many = make_workload(large), make_workload(small)
@@ -148,6 +148,10 @@ def test_accumulation_is_a_larger_batch(
     loss = train_step(one, [whole], learning_rate=1e-3)
     torch.testing.assert_close(train_step(many, parts, learning_rate=1e-3), loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(many_gradients, one_gradients, rtol=1e-4, atol=1e-5)
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    return batch.mapped(lambda tensor: tensor[rows])
 
 
 def record_gradients(workload: Workload) -> dict[str, Tensor]:
@@ -162,7 +166,7 @@ def record_gradients(workload: Workload) -> dict[str, Tensor]:
 
 
 def test_master_weights_are_an_fp32_optimizer(make_recipe: MakeRecipe, make_workload: MakeWorkload) -> None:
-    """BF16 with FP32 masters: the FP32 optimizer on the BF16 gradients, and the weights its result rounded, bit by bit."""
+    """BF16 with FP32 masters: the FP32 optimizer on BF16 gradients, the weights its result rounded, bit by bit."""
     settings = Optimizer(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.0)
     recipe = make_recipe("llama", optimizer=settings, precision=replace(BF16, master="fp32"))
     workload = make_workload(recipe)
