@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from brim.errors import DoesNotFitError, UsageError
-from brim.publish import check_room, sync_tree, write_whole
+from brim.publish import check_room, sync, sync_tree, write_whole
 from brim.recipe import Recipe
 from brim.report import Ledger
 
@@ -83,9 +83,11 @@ def publish(output: Path, write: Callable[[Path], None]) -> None:
     for path in staging.iterdir():
         path.rename(workplace / path.name)
     staging.rmdir()
-    shutil.rmtree(checkpoints_of(output), ignore_errors=True)
     sync_tree(workplace)
     workplace.rename(output)
+    sync(output.parent)
+    # Last: a run that is killed before this has either its checkpoints or its output.
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
 @contextmanager

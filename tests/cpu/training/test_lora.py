@@ -1,6 +1,8 @@
 """LoRA: adapters alone learn, and PEFT reads what was learned."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,22 @@ def test_adapters_alone_learn(
         inputs["decoder_input_ids"] = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(workload.model(**inputs).logits, loaded(**inputs).logits)
+
+
+def test_a_base_from_the_hub_is_named_by_its_id(
+    make_recipe: MakeRecipe, make_workload: MakeWorkload, tmp_path: Path
+) -> None:
+    """An adapter names the base that anybody can fetch, not the cache of this machine; the Hub is not asked."""
+    recipe = make_recipe("llama", method="lora")
+    model, spec = make_workload(recipe).model, describe(recipe.model)
+    assert isinstance(model, PeftModel)
+    for described, expected in (
+        (spec, (recipe.model, None)),
+        (replace(spec, kind="hub", hub_id="some/model", revision="v2"), ("some/model", "v2")),
+    ):
+        save_adapter(model, described, tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from brim.errors import DoesNotFitError, ModelFileError, Stopped, UsageError
 from brim.recipe import Memory, Optimizer, Precision, Training
-from brim.training import checkpoint
+from brim.training import checkpoint, workplace
 from brim.training.loop import Run, run
 from brim.training.metrics import StepRecord
 from brim.training.workplace import can_resume, checkpoints_of, workplace_of
@@ -106,6 +106,24 @@ def test_a_killed_run_resumes(step: int, make_run: MakeRun, tmp_path: Path) -> N
     run(replace(job, resume=True), on_step=records.append)
     assert records[0].step == {1: 1, 3: 3, 4: 3, 6: 5}[step]
     assert_same(job.output, undisturbed.output)
+
+
+def test_killed_while_publishing(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Killed between the model's writing and its final name, a run has its checkpoint and ends as undisturbed."""
+    undisturbed, job = make_run("gpt2", output=tmp_path / "one", training=SAVING), make_run("gpt2", training=SAVING)
+    run(undisturbed)
+
+    def killed(_: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workplace, "sync_tree", killed)
+        with pytest.raises(Killed):
+            run(job)
+    assert not job.output.exists()
+    run(replace(job, resume=True))
+    assert_same(job.output, undisturbed.output)
+    assert sorted(path.name for path in job.output.iterdir()) == sorted(p.name for p in undisturbed.output.iterdir())
 
 
 def test_checkpoints_come_and_go(make_run: MakeRun) -> None:
