@@ -169,6 +169,8 @@ class Recipe:
             found.append(f'target_seq_len has no effect: task is "{self.task}"')
         if self.training.max_steps and self.training.warmup_steps >= self.training.max_steps:
             found.append("training.warmup_steps reaches past max_steps: the learning rate never gets to its full value")
+        if self.training.max_steps and self.training.epochs != 1:
+            found.append("training.epochs has no effect: training.max_steps says when the run ends")
         return found
 
 

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from brim import units
 from brim.cli import console, options, picture
-from brim.errors import DoesNotFitError, UsageError
+from brim.cli.quiet import quiet_libraries
+from brim.errors import DoesNotFitError, Stopped, UsageError
 from brim.recipe import Recipe
 from brim.report import LEDGER_LINES, Prediction, RunReport
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def command(
     source: options.Source,
     data: Annotated[Path | None, typer.Option(help="Training data: .jsonl, .json or plain text.")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="Data to measure the loss on and not to learn from.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory to make; default runs/MODEL-METHOD.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; default as the recipe's epochs give.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -48,29 +50,33 @@ def command(
         settings=[*(settings or []), *steps],
     )
     target = output or Path("runs") / f"{Path(recipe.model).name}-{recipe.method}"
-    from brim.hardware.measure import resolve_device
-    from brim.rehearsal import rehearse
-    from brim.training.loop import run
-    from brim.training.start import prepare
-
     cap = None if memory is None else units.parse_bytes(memory)
-    found = resolve_device(device, cap)
-    predicted = rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
-    refuse_if_over(predicted)
-    with console.progress(f"preparing {spec.name}") as progress:
-        job = prepare(
-            recipe,
-            spec,
-            data=data,
-            output=target,
-            predicted=predicted,
-            device=device,
-            resume=resume,
-            progress=progress,
-        )
+    with quiet_libraries(), stop_on_signal() as stop:
+        from brim.hardware.measure import resolve_device
+        from brim.rehearsal import rehearse
+        from brim.training.loop import run
+        from brim.training.start import prepare
 
-    with stop_on_signal() as stopped, show_steps(recipe) as on_step:
-        report = run(job, on_step=on_step, should_stop=lambda: stopped[0])
+        check_place(target, resume=resume)
+        for warning in warnings_of(recipe, eval_data):
+            console.note(warning)
+        found = resolve_device(device, cap)
+        predicted = rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
+        refuse_if_over(predicted)
+        with console.progress(f"preparing {spec.name}") as progress:
+            job = prepare(
+                recipe,
+                spec,
+                data=data,
+                eval_data=eval_data,
+                output=target,
+                predicted=predicted,
+                device=device,
+                resume=resume,
+                progress=progress,
+            )
+        with show_steps(recipe) as on_step:
+            report = run(job, on_step=on_step, should_stop=stop.asked_after_step)
     picture.draw(
         plot,
         title=f"{report.model}, {recipe.method}: predicted and measured peak",
@@ -83,6 +89,23 @@ def command(
         show(report)
         console.out.print(f"written: {target}", markup=False)
     return 0
+
+
+def check_place(target: Path, *, resume: bool) -> None:
+    """Refuse an output that is taken before anything takes time; say when there is nothing to resume."""
+    from brim.training.workplace import can_resume, check_output
+
+    check_output(target, resume=resume)
+    if resume and not can_resume(target):
+        console.note(f"nothing to resume at {target}: starting at the first step")
+
+
+def warnings_of(recipe: Recipe, eval_data: Path | None) -> list[str]:
+    """Settings without effect in this run."""
+    found = recipe.warnings()
+    if recipe.training.evaluate_every and eval_data is None:
+        found.append("training.evaluate_every has no effect without --eval-data FILE")
+    return found
 
 
 def refuse_if_over(predicted: Prediction) -> None:
@@ -121,22 +144,42 @@ def show(report: RunReport) -> None:
     console.out.print(
         f"loss {report.first_loss:.4f} -> {report.last_loss:.4f}; {units.format_count(measured.tokens_per_s)} tokens/s"
     )
+    if report.evaluation:
+        console.out.print(
+            f"on the evaluation data: loss {report.evaluation['loss']:.4f}, "
+            f"perplexity {report.evaluation['perplexity']:.2f}"
+        )
+
+
+class StopSignal:
+    """Before the first step a signal ends the command; later the first one does after the step, the second at once."""
+
+    def __init__(self) -> None:
+        self._trains = False
+        self._asked = False
+
+    def asked_after_step(self) -> bool:
+        """Whether to stop now; the run asks before its first step and after each."""
+        self._trains = True
+        return self._asked
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._trains and not self._asked:
+            self._asked = True
+            console.note("stopping after this step; once more to stop at once")
+        elif number == signal.SIGTERM:
+            raise Stopped("stopped by SIGTERM; go on with the same command and --resume")
+        else:
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[list[bool]]:
-    """The first SIGINT or SIGTERM asks the run to stop after the step; the second ends it at once."""
-    stopped = [False]
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stopped[0]:
-            raise KeyboardInterrupt
-        stopped[0] = True
-        console.note("stopping after this step; once more to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+def stop_on_signal() -> Iterator[StopSignal]:
+    """SIGINT and SIGTERM end the run in a way that it can go on from."""
+    stop = StopSignal()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stopped
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -154,8 +197,9 @@ def show_steps(recipe: Recipe) -> "Iterator[Callable[[StepRecord], None]]":
 
 
 def step_line(record: "StepRecord") -> str:
+    evaluated = "" if record.eval_loss is None else f"on evaluation data {record.eval_loss:.4f}  "
     return (
-        f"step {record.step}/{record.steps}  loss {record.loss:.4f}  "
+        f"step {record.step}/{record.steps}  loss {record.loss:.4f}  {evaluated}"
         f"{units.format_count(record.tokens_per_s)} tokens/s  "
         f"memory {units.format_bytes(record.allocated_bytes)}, peak {units.format_bytes(record.peak_bytes)}  "
         f"{units.format_duration(record.seconds_left)} left"

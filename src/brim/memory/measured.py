@@ -66,7 +66,9 @@ class CpuMeter:
 
     def __exit__(self, *exception: object) -> None:
         self._listening.__exit__(None, None, None)
-        self._replay()
+        # None when a signal ended the run between two recordings.
+        if self._recording is not None:
+            self._replay()
 
     def switch(self, line: str) -> None:
         with record_function(f"{_MARK}switch:{line}"):
@@ -101,13 +103,13 @@ class CpuMeter:
 
     def _replay(self) -> None:
         assert self._recording is not None
-        self._recording.__exit__(None, None, None)
-        for _, kind, event in sorted(_events(self._recording), key=lambda timed: timed[0]):
+        recording, self._recording = self._recording, None
+        recording.__exit__(None, None, None)
+        for _, kind, event in sorted(_events(recording), key=lambda timed: timed[0]):
             if kind == "mark":
                 self._obey(event)
             else:
                 self._count(event.ptr, event.alloc_size)
-        self._recording = None
         if self._trace.peak_bytes > self._peak.allocated_bytes:
             self._peak = Peak(allocated_bytes=self._trace.peak_bytes)
             self._ledger = self._trace.peak_ledger()

@@ -1,10 +1,15 @@
 """LoRA through PEFT: small trainable matrices beside frozen weights."""
 
-from peft import LoraConfig, TaskType, get_peft_model
+import warnings
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from brim.errors import RecipeError, did_you_mean
+from brim.models import ModelSpec
 from brim.recipe import Recipe
 
 _TASKS = {"causal-lm": TaskType.CAUSAL_LM, "seq2seq-lm": TaskType.SEQ_2_SEQ_LM}
@@ -19,18 +24,37 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         lora_alpha=recipe.lora.alpha,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type=_TASKS[recipe.task],
+        # GPT-2 keeps its linear layers transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
     )
-    model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by an old name; delete this when a newer PEFT does not.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
     return model
+
+
+def save_adapter(model: PeftModel, spec: ModelSpec, directory: Path) -> None:
+    """PEFT's file form; a base from the Hub is named by its id there, any other by its directory."""
+    if spec.hub_id and spec.kind == "hub":
+        config = model.peft_config[model.active_adapter]
+        config.base_model_name_or_path, config.revision = spec.hub_id, spec.revision
+    # Embeddings never are among the targets; left to itself PEFT asks the Hub whether they have changed.
+    model.save_pretrained(directory, save_embedding_layers=False)
 
 
 def _check_targets(base: PreTrainedModel, targets: tuple[str, ...]) -> None:
     if targets == ("all-linear",):
         return
-    known = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    head = base.get_output_embeddings()
+    layers = [
+        name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    known = {name.rsplit(".", 1)[-1] for name in layers}
     for target in targets:
-        if target.rsplit(".", 1)[-1] not in known:
+        # PEFT's own rule for a list of names.
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise RecipeError(
-                f"lora.targets: the model has no linear layer {target!r}{did_you_mean(target, known)}; "
+                f"lora.targets: the model has no linear layer {target!r} below its head{did_you_mean(target, known)}; "
                 f'known: {", ".join(sorted(known))}, or "all-linear" alone'
             )

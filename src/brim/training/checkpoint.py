@@ -1,56 +1,87 @@
 """Checkpoints of a run: complete or absent, enough to go on bit by bit.
 
 A checkpoint is a directory `step-N`: `trainable.safetensors` (what the method trains), `optimizer.safetensors` (its
-state, and the random generator's), `state.json` (steps done, losses so far). No pickle.
+state, and the random generators'), `state.json` (what was done and measured so far, of which recipe and data).
+No pickle.
 """
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from brim.checkpoints.reader import tiles
 from brim.errors import ModelFileError, UsageError
+from brim.memory import owners
+from brim.models.directory import StoredTensor
+from brim.models.safetensors_header import read_header
+from brim.numerics.encode import TORCH_DTYPES
 from brim.publish import whole_directory
+from brim.report import Ledger, Peak
 from brim.training.build import Workload
+from brim.training.optimizer import like
 
 _RANDOM = "random_generator"
+_CUDA_RANDOM = "cuda_random_generator"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a run has come."""
+    """How far a run has come, and what was measured on the way."""
 
-    steps_done: int
     losses: tuple[float, ...]
+    """One a step."""
+    step_seconds: tuple[float, ...]
+    peak: Peak
+    ledger: Ledger
+
+    @property
+    def steps_done(self) -> int:
+        return len(self.losses)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "losses": list(self.losses),
+            "step_seconds": list(self.step_seconds),
+            "peak": self.peak.to_dict(),
+            "ledger": self.ledger.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Progress":
+        return cls(
+            losses=tuple(values["losses"]),
+            step_seconds=tuple(values["step_seconds"]),
+            peak=Peak(**values["peak"]),
+            ledger=Ledger(**values["ledger"]),
+        )
 
 
-def save_checkpoint(directory: Path, workload: Workload, progress: Progress) -> Path:
-    """Write `step-N` below `directory`, then remove the older ones."""
+def save_checkpoint(directory: Path, workload: Workload, progress: Progress, *, data: str) -> Path:
+    """Write `step-N` below `directory`, then remove the older ones. `data` tells one data set from another."""
     target = directory / f"step-{progress.steps_done:08d}"
     if not target.exists():
         with whole_directory(target) as partial:
             save_file(_trainable(workload), partial / "trainable.safetensors")
             save_file(_optimizer_state(workload), partial / "optimizer.safetensors")
-            state = {
-                "steps_done": progress.steps_done,
-                "losses": list(progress.losses),
-                "recipe": workload.recipe.to_dict(),
-            }
+            state = {"recipe": workload.recipe.to_dict(), "data": data, "progress": progress.to_dict()}
             (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    for older in _checkpoints(directory)[:-1]:
+    # Older ones, and what a killed run left of one that it was writing.
+    for older in [*_checkpoints(directory)[:-1], *directory.glob(".step-*")]:
         shutil.rmtree(older)
     return target
 
 
-def load_checkpoint(directory: Path, workload: Workload) -> Progress | None:
+def load_checkpoint(directory: Path, workload: Workload, *, data: str) -> Progress | None:
     """Put the newest checkpoint's state into the workload; None where there is no checkpoint.
 
-    Raises UsageError when it belongs to another recipe, ModelFileError when it is damaged.
+    Raises UsageError when it belongs to another recipe or other data, ModelFileError when it is damaged.
     """
     found = _checkpoints(directory)
     if not found:
@@ -58,22 +89,64 @@ def load_checkpoint(directory: Path, workload: Workload) -> Progress | None:
     newest = found[-1]
     try:
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        trainable = load_file(newest / "trainable.safetensors")
-        optimizer = load_file(newest / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelFileError(f"checkpoint {newest} is damaged: {error}; remove it to start over") from None
-    if state["recipe"] != workload.recipe.to_dict():
-        raise UsageError(f"checkpoint {newest} belongs to another recipe; tune without --resume, or with that recipe")
-    _restore(workload, trainable, optimizer)
-    return Progress(steps_done=int(state["steps_done"]), losses=tuple(state["losses"]))
+        _check_same(newest, state["recipe"] == workload.recipe.to_dict(), "recipe")
+        _check_same(newest, state["data"] == data, "data")
+        progress = Progress.from_dict(state["progress"])
+        _restore(workload, _Stored(newest / "trainable.safetensors"), _Stored(newest / "optimizer.safetensors"))
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelFileError(
+            f"checkpoint {newest} is damaged ({type(error).__name__}: {error}); remove it to start over"
+        ) from None
+    return progress
 
 
-def _restore(workload: Workload, trainable: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+def _check_same(checkpoint: Path, same: bool, what: str) -> None:
+    if not same:
+        raise UsageError(
+            f"checkpoint {checkpoint} belongs to another {what}; go on with that {what}, or choose another --output"
+        )
+
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for: all at once would take more memory than training does."""
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        self._tensors = {
+            entry.spec.name: StoredTensor(spec=entry.spec, path=path, offset=header.data_start + entry.begin)
+            for entry in header.tensors
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._tensors[name]
+        tensor = torch.empty(stored.spec.shape, dtype=TORCH_DTYPES.get(stored.spec.dtype, torch.uint8))
+        filled = 0
+        for tile in tiles(stored):
+            tensor.view(-1)[filled : filled + len(tile)] = tile
+            filled += len(tile)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _restore(workload: Workload, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in workload.trainable.items():
-            parameter.copy_(trainable[name])
-    torch.set_rng_state(optimizer.pop(_RANDOM))
+            parameter.copy_(like(trainable[name], parameter, name))
     workload.optimizer.load_state_dict(optimizer)
+    owners.claim("optimizer", workload.optimizer.tensors())
+    torch.set_rng_state(optimizer[_RANDOM])
+    if workload.device.type == "cuda":
+        torch.cuda.set_rng_state(optimizer[_CUDA_RANDOM], workload.device)
 
 
 def _trainable(workload: Workload) -> dict[str, Tensor]:
@@ -81,7 +154,10 @@ def _trainable(workload: Workload) -> dict[str, Tensor]:
 
 
 def _optimizer_state(workload: Workload) -> dict[str, Tensor]:
-    return {**workload.optimizer.state_dict(), _RANDOM: torch.get_rng_state()}
+    state = {**workload.optimizer.state_dict(), _RANDOM: torch.get_rng_state()}
+    if workload.device.type == "cuda":
+        state[_CUDA_RANDOM] = torch.cuda.get_rng_state(workload.device)
+    return state
 
 
 def _checkpoints(directory: Path) -> list[Path]:

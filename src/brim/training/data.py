@@ -6,7 +6,8 @@ the last block). Sequence-to-sequence: each row is cut or padded to the recipe's
 Shapes: R rows of the data set, T tokens of a row (S of a source row).
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +43,28 @@ class DataSet:
         return [self._batch(order[start : start + size]) for start in range(0, len(order), size)]
 
     def steps(self, recipe: Recipe) -> int:
-        """Optimizer steps of the run: `max_steps`, else what the epochs give, at least one."""
+        """Optimizer steps of the run: `max_steps`, else enough to see each row once an epoch."""
         per_step = recipe.micro_batch_size * recipe.grad_accumulation
-        return recipe.training.max_steps or max(1, recipe.training.epochs * len(self) // per_step)
+        return recipe.training.max_steps or -(-recipe.training.epochs * len(self) // per_step)
+
+    def in_order(self, size: int) -> Iterator[Batch]:
+        """Each row once, as in the file, `size` at a time; the last batch may be smaller."""
+        for start in range(0, len(self), size):
+            yield self._batch(list(range(start, min(start + size, len(self)))))
+
+    @property
+    def num_targets(self) -> int:
+        """Labels that are not -100."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same examples; another for any others."""
+        digest = hashlib.sha256()
+        for tensor in (self.input_ids, self.labels):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def _order(self, seed: int, first: int, count: int) -> list[int]:
         """Rows number first..first+count of an endless walk that shuffles anew each epoch."""
@@ -62,7 +82,7 @@ class DataSet:
             input_ids=self.input_ids[rows],
             labels=labels,
             attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
-            num_targets=max(1, int((labels != IGNORED).sum())),
+            num_targets=int((labels != IGNORED).sum()),
         )
 
 
@@ -77,8 +97,10 @@ def _blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
     """Each label is the token after its input token; the last block is filled up with tokens that have no label."""
     end = tokenizer.eos_token_id
     stream: list[int] = []
-    for ids in tokenizer([row.text for row in rows], add_special_tokens=False)["input_ids"]:
-        stream += [*ids, end] if end is not None else ids
+    # With the tokenizer's own marks (some models know texts only behind a start token), as at inference.
+    # Not verbose: rows longer than the model's positions are cut into blocks, there is nothing to warn of.
+    for ids in tokenizer([row.text for row in rows], verbose=False)["input_ids"]:
+        stream += ids if end is None or ids[-1:] == [end] else [*ids, end]
     if len(stream) < 2:
         raise DataError("the data is one token long: there is no next token to learn")
     length = recipe.seq_len
@@ -92,13 +114,21 @@ def _blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
 def _pairs(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
     if any(not row.source for row in rows):
         raise DataError("sequence-to-sequence data needs a source and a target in each row; this is plain text")
-    sources = tokenizer(
-        [row.source for row in rows],
-        max_length=recipe.seq_len, padding="max_length", truncation=True, return_tensors="pt",
-    )  # fmt: skip
-    targets = tokenizer(
-        text_target=[row.target for row in rows],
-        max_length=recipe.target_len, padding="max_length", truncation=True, return_tensors="pt",
-    )  # fmt: skip
-    labels = targets["input_ids"].masked_fill(targets["attention_mask"] == 0, IGNORED)
-    return DataSet(input_ids=sources["input_ids"], labels=labels, attention_mask=sources["attention_mask"])
+    sources = tokenizer([row.source for row in rows], max_length=recipe.seq_len, truncation=True)["input_ids"]
+    targets = tokenizer(text_target=[row.target for row in rows], max_length=recipe.target_len, truncation=True)
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
+    labels = [_ended(ids, end, recipe.target_len) for ids in targets["input_ids"]]
+    return DataSet(
+        input_ids=_filled(sources, recipe.seq_len, padding),
+        labels=_filled(labels, recipe.target_len, IGNORED),
+        attention_mask=_filled([[1] * len(ids) for ids in sources], recipe.seq_len, 0),
+    )
+
+
+def _ended(ids: list[int], end: int | None, length: int) -> list[int]:
+    """With the end token last, which is how the model learns to stop; a target that was cut has it, too."""
+    return ids if end is None or ids[-1:] == [end] else [*ids[: length - 1], end]
+
+
+def _filled(rows: list[list[int]], length: int, filling: int) -> Tensor:
+    return torch.tensor([row + [filling] * (length - len(row)) for row in rows])

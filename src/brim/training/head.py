@@ -57,9 +57,12 @@ class OutputHead:
 
     def check_finish(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
         """Raises RecipeError when the model does more to its logits than the chunked loss knows of."""
+        # Without dropout, which would make any two passes differ.
+        model.eval()
         with torch.no_grad():
             expected_BTV = model(**inputs).logits
             ours_BTV = self._finish(self._linear(self.hidden_states(model, inputs)))
+        model.train()
         if not torch.allclose(ours_BTV.float(), expected_BTV.float(), rtol=1e-2, atol=1e-2):
             raise RecipeError(
                 'memory.loss = "chunked" does not know what this model does to its logits after the head; '

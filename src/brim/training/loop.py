@@ -1,12 +1,12 @@
 """Run a recipe: steps, metrics, checkpoints, the finished model; predicted beside measured at the end.
 
-The run works in `OUTPUT.partial`, which becomes OUTPUT when everything is in it. An interrupted run leaves its last
-checkpoint there and goes on from it.
+The run works in `OUTPUT.partial` (`workplace`), which becomes OUTPUT when everything is in it. An interrupted run
+leaves its last checkpoint there and goes on from it.
 """
 
 import json
+import math
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -16,20 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors import SafetensorError
 
-from brim.errors import RanOutOfMemoryError, Stopped, UsageError
+from brim.errors import BrimError, RanOutOfMemoryError, Stopped, UsageError
 from brim.memory.measured import RealMeter, meter_for
 from brim.models import ModelSpec
-from brim.publish import check_room, sync_tree, write_whole
+from brim.publish import write_whole
 from brim.recipe import Recipe
-from brim.report import Measured, Prediction, RunReport
+from brim.report import Ledger, Measured, Peak, Prediction, RunReport
+from brim.training.adapters import save_adapter
 from brim.training.build import Workload, build
 from brim.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brim.training.data import DataSet
+from brim.training.evaluation import mean_loss
 from brim.training.metrics import Metrics, StepRecord
 from brim.training.schedule import learning_rate
 from brim.training.step import train_step
+from brim.training.workplace import (
+    checkpoints_of,
+    discard_unbegun,
+    explain_full_disk,
+    open_workplace,
+    publish,
+    workplace_of,
+)
 from brim.units import format_bytes
+
+_RECENT_STEPS = 100
+"""As many steps tell how long the rest will take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +57,12 @@ class Run:
     """Directory in Hugging Face form."""
     tokenizer: Any
     data: DataSet
+    held: DataSet | None = None
+    """Evaluation data: measured every `evaluate_every` steps and at the end, never learned from."""
     output: Path
     predicted: Prediction
     device: str = "cpu"
     resume: bool = False
-
-    @property
-    def workplace(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.partial")
 
 
 OnStep = Callable[[StepRecord], None]
@@ -57,78 +70,143 @@ ShouldStop = Callable[[], bool]
 
 
 def run(job: Run, *, on_step: OnStep = lambda _: None, should_stop: ShouldStop = lambda: False) -> RunReport:
-    """Train and publish OUTPUT. Between steps `should_stop` is asked: True saves and raises Stopped.
+    """Train and publish OUTPUT. After each step `should_stop` is asked: True saves and raises Stopped.
 
-    Raises UsageError when OUTPUT is there already, DoesNotFitError when the disk lacks the room,
-    RanOutOfMemoryError with the ledger when memory ends all the same.
+    With `resume` and nothing to go on from, the run starts at its beginning. Raises UsageError when OUTPUT is there
+    already or the loss is no number, DoesNotFitError when the disk lacks the room, RanOutOfMemoryError with the ledger
+    when memory ends all the same.
     """
-    _prepare_workplace(job)
-    meter = meter_for(torch.device(job.device))
+    open_workplace(job.output, job.recipe, job.predicted.ledger, resume=job.resume)
     try:
-        with meter:
+        with meter_for(torch.device(job.device)) as meter:
             torch.manual_seed(job.recipe.training.seed)
             workload = build(job.recipe, job.spec, weights=job.weights, device=job.device)
             if job.recipe.memory.loss == "chunked":
                 workload.head.check_finish(workload.model, _few_tokens(job, workload))
-            history = _train(job, workload, meter, on_step=on_step, should_stop=should_stop)
+            history = _resumed(job, workload)
+            _train(job, workload, history, meter, on_step=on_step, should_stop=should_stop)
+        report = _report(job, history)
+        _publish(job, workload, history, report)
+    except BrimError:
+        raise
     except (RuntimeError, MemoryError) as error:
         _explain_out_of_memory(job, error)
         raise
-    report = _report(job, history, meter)
-    _publish(job, workload, report)
+    finally:
+        discard_unbegun(job.output)
     return report
 
 
 @dataclass(slots=True)
 class _History:
+    """What was done and measured so far, by this process and by those that it goes on from."""
+
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    peak: Peak = field(default_factory=lambda: Peak(allocated_bytes=0))
+    ledger: Ledger = field(default_factory=Ledger)
+    eval_loss: float | None = None
+    meter_name: str = ""
+
+    def measure(self, meter: RealMeter) -> tuple[int, int]:
+        """(allocated bytes now, highest since the last time); keeps the peak of all."""
+        sample = meter.sample()
+        self.meter_name = meter.name
+        if meter.peak.allocated_bytes > self.peak.allocated_bytes:
+            self.peak, self.ledger = meter.peak, meter.ledger
+        return sample
+
+    def progress(self) -> Progress:
+        return Progress(
+            losses=tuple(self.losses), step_seconds=tuple(self.step_seconds), peak=self.peak, ledger=self.ledger
+        )
 
 
-def _train(job: Run, workload: Workload, meter: RealMeter, *, on_step: OnStep, should_stop: ShouldStop) -> _History:
-    steps, checkpoints = job.data.steps(job.recipe), job.workplace / "checkpoints"
-    history = _History()
-    if job.resume and (progress := load_checkpoint(checkpoints, workload)):
-        history.losses = list(progress.losses)
-    peak_bytes = meter.sample()[1]
-    with Metrics(job.workplace, first_step=len(history.losses)) as metrics:
+def _resumed(job: Run, workload: Workload) -> _History:
+    """An empty history; after a resume that of the checkpoint, which is now in the workload."""
+    progress = load_checkpoint(checkpoints_of(job.output), workload, data=job.data.fingerprint) if job.resume else None
+    if progress is None:
+        return _History()
+    return _History(
+        losses=list(progress.losses),
+        step_seconds=list(progress.step_seconds),
+        peak=progress.peak,
+        ledger=progress.ledger,
+    )
+
+
+def _train(
+    job: Run, workload: Workload, history: _History, meter: RealMeter, *, on_step: OnStep, should_stop: ShouldStop
+) -> None:
+    training, steps = job.recipe.training, job.data.steps(job.recipe)
+    history.measure(meter)
+    if should_stop():
+        raise Stopped("stopped before the first step; start again with the same command and --resume")
+    with Metrics(workplace_of(job.output), first_step=len(history.losses)) as metrics:
         for step in range(len(history.losses), steps):
-            started = time.perf_counter()
-            rate = learning_rate(job.recipe, step, steps)
-            loss = float(train_step(workload, job.data.step_batches(job.recipe, step), learning_rate=rate))
-            seconds = time.perf_counter() - started
-            _, allocated_bytes = meter.sample()
-            peak_bytes = max(peak_bytes, allocated_bytes)
-            history.losses.append(loss)
-            history.step_seconds.append(seconds)
-            record = StepRecord(
-                step=step + 1,
-                steps=steps,
-                loss=loss,
-                learning_rate=rate,
-                tokens_per_s=job.recipe.tokens_per_step / seconds,
-                allocated_bytes=allocated_bytes,
-                peak_bytes=peak_bytes,
-                seconds_left=(steps - step - 1) * statistics.median(history.step_seconds),
-            )
+            last = step + 1 == steps
+            _step(job, workload, history, steps)
+            record = _record(job, workload, history, meter, steps)
             metrics.write(record)
             on_step(record)
-            _check_loss(loss, step + 1)
-            stopping = should_stop() and step + 1 < steps
-            every = job.recipe.training.save_every
-            if stopping or (every and (step + 1) % every == 0 and step + 1 < steps):
-                save_checkpoint(checkpoints, workload, Progress(steps_done=step + 1, losses=tuple(history.losses)))
+            stopping = should_stop() and not last
+            if stopping or (training.save_every and (step + 1) % training.save_every == 0 and not last):
+                _save(job, workload, history)
             if stopping:
                 raise Stopped(f"stopped after step {step + 1} of {steps}; go on with the same command and --resume")
-    return history
+    if job.held is not None and history.eval_loss is None:
+        history.eval_loss = mean_loss(workload, job.held)
+    _check_weights(workload, steps)
 
 
-def _check_loss(loss: float, step: int) -> None:
-    if loss != loss or loss in (float("inf"), float("-inf")):
+def _step(job: Run, workload: Workload, history: _History, steps: int) -> None:
+    step, started = len(history.losses), time.perf_counter()
+    rate = learning_rate(job.recipe, step, steps)
+    loss = float(train_step(workload, job.data.step_batches(job.recipe, step), learning_rate=rate))
+    history.step_seconds.append(time.perf_counter() - started)
+    history.losses.append(loss)
+    _check_number(loss, f"the loss of step {step + 1}")
+
+
+def _record(job: Run, workload: Workload, history: _History, meter: RealMeter, steps: int) -> StepRecord:
+    """What is known after the step that was just done; evaluates when it is time to."""
+    step, training = len(history.losses), job.recipe.training
+    _, allocated_bytes = history.measure(meter)
+    history.eval_loss = None
+    if job.held is not None and (step == steps or (training.evaluate_every and step % training.evaluate_every == 0)):
+        history.eval_loss = mean_loss(workload, job.held)
+        _check_number(history.eval_loss, f"the evaluation loss after step {step}")
+    return StepRecord(
+        step=step,
+        steps=steps,
+        loss=history.losses[-1],
+        learning_rate=learning_rate(job.recipe, step - 1, steps),
+        tokens_per_s=job.recipe.tokens_per_step / history.step_seconds[-1],
+        allocated_bytes=allocated_bytes,
+        peak_bytes=history.peak.allocated_bytes,
+        seconds_left=(steps - step) * statistics.median(history.step_seconds[-_RECENT_STEPS:]),
+        eval_loss=history.eval_loss,
+    )
+
+
+def _save(job: Run, workload: Workload, history: _History) -> None:
+    _check_weights(workload, len(history.losses))
+    with explain_full_disk(job.output, "saving a checkpoint"):
+        save_checkpoint(checkpoints_of(job.output), workload, history.progress(), data=job.data.fingerprint)
+
+
+def _check_number(value: float, subject: str) -> None:
+    if not math.isfinite(value):
         raise UsageError(
-            f"the loss of step {step} is {loss}: the run has diverged; "
-            "lower optimizer.learning_rate, or compute in fp32"
+            f"{subject} is {value}: the run has diverged; lower optimizer.learning_rate, or compute in fp32"
         )
+
+
+def _check_weights(workload: Workload, step: int) -> None:
+    """Raises UsageError when a gradient that was no number has reached the weights (the loss shows it a step later)."""
+    for name, parameter in workload.trainable.items():
+        total = float(parameter.detach().abs().amax())
+        _check_number(total, f"a weight of {name} after step {step}")
 
 
 def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:
@@ -143,24 +221,11 @@ def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _prepare_workplace(job: Run) -> None:
-    if job.output.exists():
-        raise UsageError(f"{job.output} is there already; choose another --output, or move it away")
-    # model or adapter, and a checkpoint with the optimizer's state beside it
-    check_room(job.output, job.predicted.ledger.weights + 2 * job.predicted.ledger.optimizer, what="the run's output")
-    if job.workplace.exists() and not job.resume:
-        if (job.workplace / "checkpoints").exists():
-            raise UsageError(
-                f"{job.workplace} holds an interrupted run; go on with --resume, or remove it to start over"
-            )
-        shutil.rmtree(job.workplace)
-    job.workplace.mkdir(parents=True, exist_ok=True)
-    write_whole(job.workplace / "recipe.toml", job.recipe.to_toml())
-
-
-def _report(job: Run, history: _History, meter: RealMeter) -> RunReport:
-    later = history.step_seconds[1:] or history.step_seconds or [0.0]
-    step_time_s = statistics.median(later)
+def _report(job: Run, history: _History) -> RunReport:
+    step_time_s = statistics.median(history.step_seconds[1:] or history.step_seconds)
+    evaluation = {}
+    if history.eval_loss is not None:
+        evaluation = {"loss": history.eval_loss, "perplexity": math.exp(min(history.eval_loss, 700.0))}
     return RunReport(
         model=job.spec.name,
         recipe=job.recipe.to_dict(),
@@ -169,13 +234,14 @@ def _report(job: Run, history: _History, meter: RealMeter) -> RunReport:
         last_loss=history.losses[-1],
         predicted=job.predicted,
         measured=Measured(
-            peak=meter.peak,
-            ledger=meter.ledger,
+            peak=history.peak,
+            ledger=history.ledger,
             step_time_s=step_time_s,
-            tokens_per_s=job.recipe.tokens_per_step / step_time_s if step_time_s else 0.0,
-            meter=meter.name,
+            tokens_per_s=job.recipe.tokens_per_step / step_time_s,
+            meter=history.meter_name,
         ),
         environment=environment(),
+        evaluation=evaluation,
         reasons=tuple(job.recipe.warnings()),
     )
 
@@ -190,14 +256,25 @@ def environment() -> dict[str, str]:
     }
 
 
-def _publish(job: Run, workload: Workload, report: RunReport) -> None:
-    """Model (or adapter), tokenizer and report into the workplace, then the workplace into its final name."""
-    workload.model.save_pretrained(job.workplace)  # type: ignore[operator]
-    job.tokenizer.save_pretrained(job.workplace)
-    write_whole(job.workplace / "report.json", json.dumps(report.to_dict(), indent=2))
-    shutil.rmtree(job.workplace / "checkpoints", ignore_errors=True)
-    sync_tree(job.workplace)
-    job.workplace.rename(job.output)
+def _publish(job: Run, workload: Workload, history: _History, report: RunReport) -> None:
+    """Model (or adapter), tokenizer and report into OUTPUT; when that fails, what was learned stays as a checkpoint."""
+
+    def write(directory: Path) -> None:
+        # Training needs it off; who uses the model expects it as it was.
+        workload.base.config.use_cache = job.spec.config.get("use_cache", True)
+        if isinstance(workload.model, PeftModel):
+            save_adapter(workload.model, job.spec, directory)
+        else:
+            workload.base.save_pretrained(directory)
+        job.tokenizer.save_pretrained(directory)
+        write_whole(directory / "report.json", json.dumps(report.to_dict(), indent=2))
+
+    try:
+        publish(job.output, write)
+    except (OSError, SafetensorError) as error:
+        _save(job, workload, history)
+        with explain_full_disk(job.output, "writing the model"):
+            raise error
 
 
 def _explain_out_of_memory(job: Run, error: BaseException) -> None:

@@ -26,6 +26,8 @@ class StepRecord:
     peak_bytes: int
     """Highest of the run so far."""
     seconds_left: float
+    eval_loss: float | None = None
+    """Mean loss on the evaluation data, where it was measured after this step."""
 
 
 class Metrics:
@@ -60,6 +62,8 @@ class Metrics:
             "tokens_per_s": record.tokens_per_s,
             "allocated_bytes": record.allocated_bytes,
         }
+        if record.eval_loss is not None:
+            values["eval_loss"] = record.eval_loss
         self._file.write(json.dumps({"step": record.step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

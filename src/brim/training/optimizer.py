@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from brim.recipe import Optimizer
 
+_STATE = ("step", "exp_avg", "exp_avg_sq")
+_STEP = torch.zeros(())
+
 
 class AdamW:
     """Steps parameters from their gradients and frees the gradients."""
@@ -61,21 +64,30 @@ class AdamW:
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the state that `state_dict` gave, bit by bit."""
+        """Take over what `state_dict` gave, bit by bit. Raises KeyError or ValueError when that was another's."""
         for index, master in enumerate(self._masters):
-            master.data.copy_(tensors[f"{index}.master"])
-        owners_of_state = self._masters or self._parameters
-        for index, parameter in enumerate(owners_of_state):
+            master.data.copy_(like(tensors[f"{index}.master"], master, f"{index}.master"))
+        for index, parameter in enumerate(self._masters or self._parameters):
             optimizer = self._optimizers[index if self._masters else 0]
-            prefix = f"{index}."
-            state = {
-                name.removeprefix(prefix): tensor.clone()
-                for name, tensor in tensors.items()
-                if name.startswith(prefix) and name != f"{index}.master"
-            }
-            if state:
-                optimizer.state[parameter] = state
+            # A parameter without a gradient so far has no state.
+            if any(f"{index}.{key}" in tensors for key in _STATE):
+                optimizer.state[parameter] = {
+                    key: like(tensors[f"{index}.{key}"], model, f"{index}.{key}").to(parameter.device, copy=True)
+                    for key, model in (("step", _STEP), ("exp_avg", parameter), ("exp_avg_sq", parameter))
+                }
 
     def _states(self) -> Iterator[dict[str, Tensor]]:
         for index, parameter in enumerate(self._masters or self._parameters):
             yield self._optimizers[index if self._masters else 0].state.get(parameter, {})
+
+
+def like(stored: Tensor, model: Tensor, name: str) -> Tensor:
+    """`stored`, if it has the shape and dtype of `model`: the fused kernel trusts them, and would read past the end.
+
+    Raises ValueError.
+    """
+    if stored.shape != model.shape or stored.dtype != model.dtype:
+        raise ValueError(
+            f"{name} is {tuple(stored.shape)} {stored.dtype}, and should be {tuple(model.shape)} {model.dtype}"
+        )
+    return stored

@@ -1,6 +1,7 @@
 """Reads training data: JSONL, JSON or plain text into rows of source and target text."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ _LAYOUTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((), "text"),
 )
 """Names of the columns of source and target; the first layout that a row has counts."""
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises DataError naming the file, and the line where there is one.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"data {path} does not exist") from None
     except OSError as error:
@@ -46,7 +50,7 @@ def read_rows(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-    if path.suffix not in (".jsonl", ".json"):
+    if path.suffix.lower() not in (".jsonl", ".json"):
         rows = [Row("", text)] if text.strip() else []
     else:
         rows = [_row(value, where=where) for where, value in _values(path, text)]
@@ -56,22 +60,26 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".json":
-        try:
-            values = json.loads(text) if text.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    if path.suffix.lower() == ".json":
+        values = _parse(text, path) if text.strip() else []
         if not isinstance(values, list):
             raise DataError(f"{path}: not a list of rows; write [{{...}}, {{...}}] or use .jsonl, one object a line")
         yield from ((f"{path}, row {index}", value) for index, value in enumerate(values, 1))
         return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); each line must be one object") from None
+    # Not splitlines: it also cuts at separators that a JSON string may hold, such as U+2028.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}, line {number}", _parse(line, path, number, hint="; each line must be one object")
+
+
+def _parse(text: str, path: Path, first_line: int = 1, *, hint: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(f"{path}, line {line}: not JSON ({error.msg}){hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {first_line}: not JSON that can be read ({error}){hint}") from None
 
 
 def _row(value: Any, *, where: str) -> Row:
@@ -82,6 +90,8 @@ def _row(value: Any, *, where: str) -> Row:
             parts = [value[name] for name in (*sources, target)]
             if not all(isinstance(part, str) for part in parts):
                 raise DataError(f"{where}: {', '.join((*sources, target))} must be texts")
+            if any(map(_SURROGATE.search, parts)):
+                raise DataError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character; remove it")
             if not parts[-1].strip():
                 raise DataError(f"{where}: {target!r} is empty: nothing to learn")
             return Row("\n".join(part for part in parts[:-1] if part), parts[-1])

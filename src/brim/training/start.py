@@ -21,6 +21,7 @@ def prepare(
     spec: ModelSpec,
     *,
     data: Path,
+    eval_data: Path | None = None,
     output: Path,
     predicted: Prediction,
     device: str = "cpu",
@@ -32,6 +33,7 @@ def prepare(
     Progress is that of the weights. Raises DataError, ModelFileError and what `local_directory` raises.
     """
     rows = read_rows(data)
+    held_rows = None if eval_data is None else read_rows(eval_data)
     weights = local_directory(spec, progress=progress)
     tokenizer = load_tokenizer(weights)
     return Run(
@@ -40,6 +42,7 @@ def prepare(
         weights=weights,
         tokenizer=tokenizer,
         data=tokenize(rows, tokenizer, recipe),
+        held=None if held_rows is None else tokenize(held_rows, tokenizer, recipe),
         output=output,
         predicted=predicted,
         device=device,

@@ -15,7 +15,7 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
 
     The mean is over all tokens of the step, not of means, so accumulation does not change what is learned.
     """
-    num_targets = sum(batch.num_targets for batch in batches)
+    num_targets = max(1, sum(batch.num_targets for batch in batches))
     total = torch.zeros((), dtype=torch.float32, device=workload.device)
     for batch in batches:
         total += _backward(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets)
@@ -31,12 +31,17 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
 
 def _backward(workload: Workload, batch: Batch, num_targets: int) -> Tensor:
     """This micro-batch's share of the mean loss; its gradients are added up in the parameters."""
-    owners.switch("activations")
-    with workload.autocast():
-        loss = workload.head.loss(workload.model, _inputs(workload, batch), batch.labels, scale=1 / num_targets)
+    loss = batch_loss(workload, batch, num_targets)
     loss.backward()
     owners.switch("workspace")
     return loss.detach()
+
+
+def batch_loss(workload: Workload, batch: Batch, num_targets: int) -> Tensor:
+    """This micro-batch's share of the mean loss over `num_targets` tokens."""
+    owners.switch("activations")
+    with workload.autocast():
+        return workload.head.loss(workload.model, _inputs(workload, batch), batch.labels, scale=1 / num_targets)
 
 
 def _inputs(workload: Workload, batch: Batch) -> dict[str, Tensor]:

@@ -1,0 +1,26 @@
+"""What the libraries below say to a terminal, kept from the user: he asked Brim, and Brim says it in its own words."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """transformers' log and progress bars are off in the block, and torch's C++ notes from its first import on.
+
+    The note meant: PyTorch 2.13's profiler tells of memory that was allocated before it started
+    (c10/core/CPUAllocator.cpp), once a process; delete the variable when it no longer does.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,106 @@
+"""Where a run works: `OUTPUT.partial`, which becomes OUTPUT when everything is in it.
+
+It holds `recipe.toml`, `metrics.jsonl`, `events/` and, of an interrupted run, `checkpoints/`.
+"""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from brim.errors import DoesNotFitError, UsageError
+from brim.publish import check_room, sync, sync_tree, write_whole
+from brim.recipe import Recipe
+from brim.report import Ledger
+
+
+def workplace_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+def checkpoints_of(output: Path) -> Path:
+    return workplace_of(output) / "checkpoints"
+
+
+def can_resume(output: Path) -> bool:
+    """An interrupted run left a checkpoint that this output can go on from."""
+    return any(checkpoints_of(output).glob("step-*"))
+
+
+def check_output(output: Path, *, resume: bool) -> None:
+    """Raises UsageError when OUTPUT, or an interrupted run that is not to go on, is there already."""
+    if output.exists():
+        raise UsageError(f"{output} is there already; choose another --output, or move it away")
+    workplace = workplace_of(output)
+    if not workplace.exists():
+        return
+    if can_resume(output):
+        if not resume:
+            raise UsageError(f"{workplace} holds an interrupted run; go on with --resume, or remove it to start over")
+    elif not workplace.is_dir() or (any(workplace.iterdir()) and not (workplace / "recipe.toml").exists()):
+        raise UsageError(f"{workplace} is where the run would work, and holds something else; move it away")
+
+
+def open_workplace(output: Path, recipe: Recipe, predicted: Ledger, *, resume: bool) -> Path:
+    """The directory to work in: an interrupted run's to go on in, else an empty one with the recipe in it.
+
+    Raises what `check_output` does, and DoesNotFitError when the disk lacks the room.
+    """
+    check_output(output, resume=resume)
+    trained_bytes = predicted.weights if recipe.method == "full" else predicted.optimizer
+    # Two checkpoints while the newer is written; or one, and the model.
+    check_room(output, 2 * (trained_bytes + predicted.optimizer), what="the run's checkpoints and output")
+    workplace = workplace_of(output)
+    if not can_resume(output):
+        # What a run left that was killed before its first checkpoint.
+        shutil.rmtree(workplace, ignore_errors=True)
+        workplace.mkdir(parents=True)
+        write_whole(workplace / "recipe.toml", recipe.to_toml())
+    return workplace
+
+
+def discard_unbegun(output: Path) -> None:
+    """Remove a workplace in which no step was done."""
+    metrics = workplace_of(output) / "metrics.jsonl"
+    if not can_resume(output) and not (metrics.exists() and metrics.stat().st_size):
+        shutil.rmtree(workplace_of(output), ignore_errors=True)
+
+
+def publish(output: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` put the model into the workplace, then give that its final name; a part of a model never stays."""
+    workplace = workplace_of(output)
+    staging = workplace / "model"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir()
+        write(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    for path in staging.iterdir():
+        path.rename(workplace / path.name)
+    staging.rmdir()
+    sync_tree(workplace)
+    workplace.rename(output)
+    sync(output.parent)
+    # Last: a run that is killed before this has either its checkpoints or its output.
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+
+
+@contextmanager
+def explain_full_disk(output: Path, doing: str) -> Iterator[None]:
+    """A full disk as DoesNotFitError, with what can be done; other errors pass."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors says so in words only ("... (os error 28)").
+        if not any(
+            error.errno == code if isinstance(error, OSError) else f"os error {code}" in str(error)
+            for code in (errno.ENOSPC, errno.EDQUOT)
+        ):
+            raise
+        kept = "then go on with --resume from the last checkpoint" if can_resume(output) else "then start again"
+        raise DoesNotFitError(f"the disk of {output.absolute().parent} is full ({doing}); free some, {kept}") from error
