@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 from brim.errors import ModelFileError
 
-Task = Literal["causal-lm", "seq2seq-lm"]
+Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"]
+
+_ENCODERS = frozenset({
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "mobilebert", "modernbert",
+    "mpnet", "roberta", "squeezebert", "xlm-roberta", "xlm-roberta-xl",
+})  # fmt: skip
+"""Families whose config does not say that they read in both directions and fill in masked tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +60,19 @@ class ModelSpec:
 
     @property
     def task(self) -> Task:
-        return "seq2seq-lm" if self.config.get("is_encoder_decoder") else "causal-lm"
+        """What the model was made for: by the class that saved it, else by its family."""
+        architecture = str((self.config.get("architectures") or [""])[0])
+        if architecture.endswith("ForSequenceClassification"):
+            return "sequence-classification"
+        if self.is_encoder_decoder:
+            return "seq2seq-lm"
+        if architecture.endswith("ForMaskedLM") or self.model_type in _ENCODERS:
+            return "masked-lm"
+        return "causal-lm"
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.config.get("is_encoder_decoder"))
 
     def first(self, *keys: str, default: int | None = None) -> int:
         """The first of these config keys that is present: families name the same fact differently.
@@ -78,7 +96,7 @@ class ModelSpec:
     def num_layers(self) -> int:
         """Blocks; encoder and decoder counted together."""
         layers = self.first("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers")
-        if self.task == "seq2seq-lm":
+        if self.is_encoder_decoder:
             return self.first("encoder_layers", default=layers) + self.first(
                 "num_decoder_layers", "decoder_layers", default=layers
             )

@@ -6,8 +6,16 @@ from transformers import PreTrainedModel
 
 from brim.errors import RecipeError, did_you_mean
 from brim.recipe import Recipe
+from brim.training.head import classifier_name
 
-_TASKS = {"causal-lm": TaskType.CAUSAL_LM, "seq2seq-lm": TaskType.SEQ_2_SEQ_LM}
+_TASKS = {
+    "causal-lm": TaskType.CAUSAL_LM,
+    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
+    "masked-lm": None,  # PEFT has no name for it and needs none
+    "sequence-classification": TaskType.SEQ_CLS,
+}
+_MAMBA_FAMILIES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Their `out_proj` is read by a fused kernel that does not see an adapter, so PEFT refuses it."""
 
 
 def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
@@ -18,6 +26,8 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         r=recipe.lora.rank,
         lora_alpha=recipe.lora.alpha,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        exclude_modules=["out_proj"] if base.config.model_type in _MAMBA_FAMILIES else None,
+        modules_to_save=[classifier_name(base)] if recipe.task == "sequence-classification" else None,
         task_type=_TASKS[recipe.task],
     )
     model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)

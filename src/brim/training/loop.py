@@ -68,7 +68,7 @@ def run(job: Run, *, on_step: OnStep = lambda _: None, should_stop: ShouldStop =
         with meter:
             torch.manual_seed(job.recipe.training.seed)
             workload = build(job.recipe, job.spec, weights=job.weights, device=job.device)
-            if job.recipe.memory.loss == "chunked":
+            if workload.head.chunked:
                 workload.head.check_finish(workload.model, _few_tokens(job, workload))
             history = _train(job, workload, meter, on_step=on_step, should_stop=should_stop)
     except (RuntimeError, MemoryError) as error:
@@ -136,10 +136,9 @@ def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:
     batch = job.data.step_batches(job.recipe, 0)[0]
     inputs = {"input_ids": batch.input_ids[:1, :8].to(workload.device)}
     if batch.attention_mask is not None:
-        inputs |= {
-            "attention_mask": torch.ones_like(inputs["input_ids"]),
-            "decoder_input_ids": inputs["input_ids"],
-        }
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if job.recipe.task == "seq2seq-lm":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
 
 
