@@ -46,14 +46,13 @@ class FakeWorld:
 
     def __enter__(self) -> "FakeWorld":
         self._stack.enter_context(self._mode)
-        self._stack.enter_context(GroupedMatmulOfAnyFormat())
+        self._stack.enter_context(GroupedMatmulOfAnyFormat())  # type: ignore[no-untyped-call]
         self._stack.enter_context(self._known)
         self._stack.enter_context(self.meter)
         self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
         self._stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply_to_fakes))
         self._stack.enter_context(mock.patch("torch.get_rng_state", self._rng_state))
-        # A copied fake tensor (PEFT copies a classifier's head) stays in the mode that made it.
-        self._stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", _itself, create=True))
+        self._stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copy_of_fake, create=True))
         # Last, hence the first to see an operator: it counts references, and each mode below adds some.
         self._stack.enter_context(AccumulateInPlace())
         return self
@@ -206,8 +205,13 @@ def _called_by_autograd() -> bool:
     return frame.f_code.co_name == "_engine_run_backward"
 
 
-def _itself(mode: FakeTensorMode, memo: object) -> FakeTensorMode:
-    return mode
+def _copy_of_fake(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
+    """As PEFT copies a classifier's head; left alone, the copy would be in a copy of the fake mode."""
+    if id(tensor) not in memo:
+        copied = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(copied, requires_grad=tensor.requires_grad) if is_parameter else copied
+    return memo[id(tensor)]
 
 
 def _storage_holders(tensor: Tensor) -> int:

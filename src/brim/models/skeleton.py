@@ -51,7 +51,7 @@ def skeleton(
 def attention_kernels(spec: ModelSpec, *, task: Task | None = None) -> tuple[str, ...]:
     """Values of `memory.attention` that transformers has for this model, the best first.
 
-    Families that it has only written out by hand (BLOOM, GPT-J, Gemma 2), or that have no attention, know `eager` alone.
+    Families whose attention is written out only (BLOOM, GPT-J, Gemma 2), or that have none, know `eager` alone.
     """
     config = _config_of(spec)
     model_class = _class_of(spec, config, task or spec.task)._model_mapping[type(config)]

@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brim.errors import ModelFileError
+from brim.models.families import EAGER_ONLY, ENCODERS
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"]
-
-_ENCODERS = frozenset({
-    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "mobilebert", "modernbert",
-    "mpnet", "roberta", "squeezebert", "xlm-roberta", "xlm-roberta-xl",
-})  # fmt: skip
-"""Families whose config does not say that they read in both directions and fill in masked tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +57,18 @@ class ModelSpec:
     def task(self) -> Task:
         """What the model was made for: by the class that saved it, else by its family."""
         architecture = str((self.config.get("architectures") or [""])[0])
-        if architecture.endswith("ForSequenceClassification"):
-            return "sequence-classification"
         if self.is_encoder_decoder:
             return "seq2seq-lm"
-        if architecture.endswith("ForMaskedLM") or self.model_type in _ENCODERS:
+        if architecture.endswith("ForSequenceClassification"):
+            return "sequence-classification"
+        if architecture.endswith("ForMaskedLM") or self.model_type in ENCODERS:
             return "masked-lm"
         return "causal-lm"
+
+    @property
+    def attention(self) -> Literal["eager", "sdpa"]:
+        """The best value of `memory.attention` that transformers has for this family."""
+        return "eager" if self.model_type in EAGER_ONLY else "sdpa"
 
     @property
     def is_encoder_decoder(self) -> bool:

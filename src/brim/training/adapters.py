@@ -1,5 +1,7 @@
 """LoRA through PEFT: small trainable matrices beside frozen weights."""
 
+import warnings
+
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,7 +32,10 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         modules_to_save=[classifier_name(base)] if recipe.task == "sequence-classification" else None,
         task_type=_TASKS[recipe.task],
     )
-    model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        # PEFT writes down how to fuse adapters of experts, then warns that "all-linear" did not pick the experts.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
     return model
 
 

@@ -80,7 +80,8 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
 
 def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
     """Raises RecipeError when task, attention or sequence length do not go with the model."""
-    if recipe.task not in (spec.task, "sequence-classification"):
+    classifies = recipe.task == "sequence-classification" and not spec.is_encoder_decoder
+    if recipe.task != spec.task and not classifies:
         raise RecipeError(f'task = "{recipe.task}" does not go with {spec.name}; nearest: task = "{spec.task}"')
     kernels = attention_kernels(spec, task=recipe.task)
     if recipe.memory.attention not in kernels:

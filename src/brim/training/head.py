@@ -57,7 +57,7 @@ class OutputHead:
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """hidden_BTH: what the model hands to its head, where it stops: nothing after the head runs on it."""
-        self._linear.forward = _stop  # type: ignore[method-assign,assignment]
+        self._linear.forward = _stop
         try:
             model(**inputs)
         except _HeadReachedError as reached:

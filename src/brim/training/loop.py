@@ -68,6 +68,7 @@ def run(job: Run, *, on_step: OnStep = lambda _: None, should_stop: ShouldStop =
         with meter:
             torch.manual_seed(job.recipe.training.seed)
             workload = build(job.recipe, job.spec, weights=job.weights, device=job.device)
+            _tell_classes(job, workload)
             if workload.head.chunked:
                 workload.head.check_finish(workload.model, _few_tokens(job, workload))
             history = _train(job, workload, meter, on_step=on_step, should_stop=should_stop)
@@ -77,6 +78,14 @@ def run(job: Run, *, on_step: OnStep = lambda _: None, should_stop: ShouldStop =
     report = _report(job, history, meter)
     _publish(job, workload, report)
     return report
+
+
+def _tell_classes(job: Run, workload: Workload) -> None:
+    """The saved model names its classes, and finds the end of a row where the data put it."""
+    if job.data.classes:
+        workload.base.config.id2label = dict(enumerate(job.data.classes))
+        workload.base.config.label2id = {name: number for number, name in enumerate(job.data.classes)}
+        workload.base.config.pad_token_id = job.data.padding_id
 
 
 @dataclass(slots=True)
