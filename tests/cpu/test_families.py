@@ -54,7 +54,6 @@ _DEVICE = Device(
 )  # fmt: skip
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning"),
 ]
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from brim.errors import DataError, RecipeError
+from brim.errors import DataError, RecipeError, UsageError
+from brim.inference.load import load
 from brim.layers.chunked_loss import IGNORED
-from brim.models import ModelSpec
+from brim.models import ModelSpec, describe
 from brim.recipe import Precision, Recipe
 from brim.training.batches import synthetic_batch
 from brim.training.build import build
@@ -21,9 +22,6 @@ from brim.training.data import tokenize
 from brim.training.masking import Masking
 from brim.training.rows import Row, read_rows
 from brim.training.step import train_step
-
-# transformers 5.23 renames its checkpointing methods; PEFT 0.21 still calls the old ones.
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 
 _WORDS = [f"w{number}" for number in range(60)]
 _BERT: dict[str, Any] = {
@@ -146,3 +144,20 @@ def test_heads_that_do_not_go_with_a_model_are_refused() -> None:
     """BERT writes no text; what it can be trained for is named."""
     with pytest.raises(RecipeError, match='nearest: task = "masked-lm"'):
         build(Recipe(model="tiny-bert", task="causal-lm", seq_len=8), _SPEC)
+
+
+def test_an_encoder_is_not_asked_for_text(tmp_path: Path) -> None:
+    """A masked-lm model is refused where text is written or scored: it sees the words that it would have to guess."""
+    build(_MASKED, _SPEC).base.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="fills in masked tokens"):
+        load(tmp_path)
+
+
+def test_a_classifier_is_described_as_one(tmp_path: Path) -> None:
+    """A saved classifier says its task and number of classes, and is built with its own head's weights."""
+    saved = build(_CLASSES, _SPEC).base
+    saved.save_pretrained(tmp_path)
+    spec = describe(str(tmp_path))
+    assert (spec.task, spec.num_labels) == ("sequence-classification", 3)
+    loaded = build(_CLASSES, spec, weights=tmp_path).base
+    assert torch.equal(loaded.get_submodule("classifier").weight, saved.get_submodule("classifier").weight)

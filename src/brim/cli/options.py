@@ -52,6 +52,6 @@ def _start(source: str) -> Recipe:
     positions = int(spec.config.get("max_position_embeddings") or spec.config.get("n_positions") or 1024)
     try:
         recipe = Recipe(model=source, task=spec.task, seq_len=min(1024, positions))
-        return recipe.with_settings([f"memory.attention={spec.attention}"])
+        return recipe.with_settings([f"memory.attention={spec.attention}", f"num_labels={spec.num_labels}"])
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from None

@@ -71,6 +71,12 @@ class ModelSpec:
         return "eager" if self.model_type in EAGER_ONLY else "sdpa"
 
     @property
+    def num_labels(self) -> int:
+        """Classes that a classifier's config names; two where it names none, as transformers assumes."""
+        names = self.config.get("id2label") if self.task == "sequence-classification" else None
+        return len(names or (0, 1))
+
+    @property
     def is_encoder_decoder(self) -> bool:
         return bool(self.config.get("is_encoder_decoder"))
 

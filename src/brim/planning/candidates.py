@@ -70,7 +70,12 @@ def base_recipe(spec: ModelSpec, constraints: Constraints) -> Recipe:
     seq_len = constraints.seq_len or min(_DEFAULT_SEQ_LEN, num_positions(spec) or _DEFAULT_SEQ_LEN)
     method = "full" if constraints.method == "auto" else constraints.method
     recipe = Recipe(
-        model=spec.name, task=spec.task, method=method, seq_len=seq_len, memory=Memory(attention=spec.attention)
+        model=spec.name,
+        task=spec.task,
+        method=method,
+        seq_len=seq_len,
+        num_labels=spec.num_labels,
+        memory=Memory(attention=spec.attention),
     )
     refusal: RecipeError | None = None
     for precision in reversed(_PRECISIONS):

@@ -35,6 +35,8 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
     with warnings.catch_warnings():
         # PEFT writes down how to fuse adapters of experts, then warns that "all-linear" did not pick the experts.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        # transformers 5.23 renames its checkpointing methods; PEFT 0.21 still calls the old ones.
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
         model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
     return model
 

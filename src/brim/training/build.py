@@ -63,7 +63,7 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
         model = add_lora(base, recipe)
     if recipe.memory.activation_checkpointing == "full":
         # non-reentrant: frozen inputs (LoRA) need no hook, and only what is used again is kept
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")
