@@ -44,12 +44,15 @@ What the rehearsal does not see, and how much it is:
   (an adapter's scale, attention's scale): the few hundred bytes in most rows with LoRA.
 - **Scratch memory of BF16 matmuls**: on a CPU oneDNN packs operands into memory that it takes from the allocator and
   gives back before the operator returns; how much depends on the processor, at most about one operand. It shows only
-  where such a matmul is the peak: in a classifier, which has no logits to speak of. What is 1 to 2 % of these models of
-  3 to 5 MB was 0.10 % of a BERT of six blocks of 768 (0.7 MB of 729 MB). FP32 matmuls use none.
+  where such a matmul is the peak, not the logits: in classifiers, and in checkpointed T5 under autocast. What is 0.3 to 2.5 %
+  of these models of 3 to 7 MB was 0.10 % of a BERT classifier of six blocks of 768 (0.7 MB of 729 MB). FP32 matmuls use
+  none: every FP32 cell is exact.
 
 Experts: transformers' default (`grouped_mm`) sorts tokens by expert and multiplies all of them in one operator, so its
 sizes do not depend on the routing; the trainer and the rehearsal both use it. The routing here is that of random
-weights; a test holds that another one takes the same memory."""
+weights; a test holds that another one takes the same memory. LoRA over all linears adapts the experts, too: PEFT then
+keeps a merged copy of each block's experts until backward, which is predicted as it runs (31B parameters: 58 GiB)
+and can be avoided by `lora.targets` that leave the experts out."""
 
 METHODS = ("full", "lora")
 PRECISIONS = {

@@ -33,7 +33,7 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         task_type=_TASKS[recipe.task],
     )
     with warnings.catch_warnings():
-        # PEFT writes down how to fuse adapters of experts, then warns that "all-linear" did not pick the experts.
+        # PEFT gives the fused matrices of experts their own rank, applies it, and then misses modules of that name.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         # transformers 5.23 renames its checkpointing methods; PEFT 0.21 still calls the old ones.
         warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
