@@ -5,13 +5,13 @@ READY := $(VENV)/.ready
 # Twice quiet: warnings about an index that lacks one package and has the next are noise; errors still show.
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench pins clean
+.PHONY: demo test check bench exactness pins clean
 
 demo: $(READY)
 	$(VENV)/bin/brim demo
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -20,6 +20,10 @@ check: $(READY)
 
 bench: $(READY)
 	@for script in benchmarks/*_speed.py; do $(PY) $$script || exit 1; done
+
+# Every family x lever, rehearsed and run for real; writes docs/exactness.md. About a quarter of an hour.
+exactness: $(READY)
+	$(PY) benchmarks/exactness.py
 
 # Pin what is installed now, after trying new versions (CONTRIBUTING.md).
 pins: $(READY)

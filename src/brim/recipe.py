@@ -94,6 +94,8 @@ class Recipe:
     """Tokens of one row; for sequence-to-sequence, of the source."""
     target_seq_len: int = 0
     """Tokens of the target row (sequence-to-sequence only); 0: as `seq_len`."""
+    num_labels: int = 2
+    """Classes to tell apart (sequence-classification only)."""
     micro_batch_size: int = 1
     """Rows that go through the model at once."""
     grad_accumulation: int = 1
@@ -167,6 +169,10 @@ class Recipe:
             found.append(f'[qat] has no effect: method is "{self.method}"')
         if self.task != "seq2seq-lm" and self.target_seq_len:
             found.append(f'target_seq_len has no effect: task is "{self.task}"')
+        if self.task != "sequence-classification" and self.num_labels != 2:
+            found.append(f'num_labels has no effect: task is "{self.task}"')
+        if self.task == "sequence-classification" and self.memory.loss == "chunked":
+            found.append('memory.loss = "chunked" has no effect: a classifier has one row of logits a text')
         if self.training.max_steps and self.training.warmup_steps >= self.training.max_steps:
             found.append("training.warmup_steps reaches past max_steps: the learning rate never gets to its full value")
         if self.training.max_steps and self.training.epochs != 1:
@@ -252,7 +258,7 @@ def _plain(value: Any) -> Any:
 
 
 _AT_LEAST = {
-    "seq_len": 2, "target_seq_len": 0, "micro_batch_size": 1, "grad_accumulation": 1,
+    "seq_len": 2, "target_seq_len": 0, "num_labels": 2, "micro_batch_size": 1, "grad_accumulation": 1,
     "training.epochs": 1, "training.max_steps": 0, "training.warmup_steps": 0, "training.save_every": 0,
     "training.evaluate_every": 0, "training.seed": 0,
     "lora.rank": 1, "lora.alpha": 1,
@@ -276,7 +282,6 @@ def _check_ranges(recipe: Recipe) -> None:
 
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
-    ("task", frozenset({"causal-lm", "seq2seq-lm"}), "causal-lm", "only text-generating heads are built"),
     ("method", frozenset({"full", "lora"}), "lora", "low-precision bases are not built"),
     ("optimizer.name", frozenset({"adamw"}), "adamw", "only AdamW is built"),
     ("optimizer.in_backward", frozenset({False}), "false", "the optimizer steps after backward"),

@@ -189,7 +189,6 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
 @pytest.mark.parametrize(
     ("key", "value", "nearest"),
     [
-        ("task", "masked-lm", "task = causal-lm"),
         ("method", "qlora", "method = lora"),
         ("method", "qat", "method = lora"),
         ("optimizer.name", "lion", "optimizer.name = adamw"),

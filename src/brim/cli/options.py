@@ -51,6 +51,7 @@ def _start(source: str) -> Recipe:
     spec = describe(source)
     positions = int(spec.config.get("max_position_embeddings") or spec.config.get("n_positions") or 1024)
     try:
-        return Recipe(model=source, task=spec.task, seq_len=min(1024, positions))
+        recipe = Recipe(model=source, task=spec.task, seq_len=min(1024, positions))
+        return recipe.with_settings([f"memory.attention={spec.attention}", f"num_labels={spec.num_labels}"])
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from None

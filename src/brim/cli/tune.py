@@ -14,6 +14,7 @@ from brim import units
 from brim.cli import console, options, picture
 from brim.cli.quiet import quiet_libraries
 from brim.errors import DoesNotFitError, Stopped, UsageError
+from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.report import LEDGER_LINES, Prediction, RunReport
 
@@ -41,7 +42,7 @@ def command(
     picture.check(plot)
     if data is None:
         raise UsageError("no data to learn from; add --data FILE.jsonl (one object a line) or a plain text file")
-    steps = [] if max_steps is None else [f"training.max_steps={max_steps}"]
+    steps = [f"training.max_steps={max_steps}"] if max_steps is not None else []
     recipe, spec = options.recipe_of(
         source,
         method=method,
@@ -52,17 +53,12 @@ def command(
     target = output or Path("runs") / f"{Path(recipe.model).name}-{recipe.method}"
     cap = None if memory is None else units.parse_bytes(memory)
     with quiet_libraries(), stop_on_signal() as stop:
-        from brim.hardware.measure import resolve_device
-        from brim.rehearsal import rehearse
         from brim.training.loop import run
         from brim.training.start import prepare
 
         check_place(target, resume=resume)
-        for warning in warnings_of(recipe, eval_data):
-            console.note(warning)
-        found = resolve_device(device, cap)
-        predicted = rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
-        refuse_if_over(predicted)
+        note_warnings(recipe, eval_data)
+        predicted = predict(recipe, spec, device, cap)
         with console.progress(f"preparing {spec.name}") as progress:
             job = prepare(
                 recipe,
@@ -77,18 +73,33 @@ def command(
             )
         with show_steps(recipe) as on_step:
             report = run(job, on_step=on_step, should_stop=stop.asked_after_step)
-    picture.draw(
-        plot,
-        title=f"{report.model}, {recipe.method}: predicted and measured peak",
-        bars={"predicted": report.predicted.ledger, "measured": report.measured.ledger},
-        budget_bytes=None if cap is None else predicted.budget_bytes,
-    )
+    _draw(plot, report, budget_bytes=None if cap is None else predicted.budget_bytes)
     if json:
         console.print_json(report.to_dict())
-    else:
-        show(report)
-        console.out.print(f"written: {target}", markup=False)
+        return 0
+    show(report)
+    console.out.print(f"written: {target}", markup=False)
     return 0
+
+
+def predict(recipe: Recipe, spec: ModelSpec, device: str, cap: int | None) -> Prediction:
+    """The rehearsed prediction. Raises DoesNotFitError before anything runs that would not fit."""
+    from brim.hardware.measure import resolve_device
+    from brim.rehearsal import rehearse
+
+    found = resolve_device(device, cap)
+    predicted = rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
+    refuse_if_over(predicted)
+    return predicted
+
+
+def _draw(plot: Path | None, report: RunReport, *, budget_bytes: int | None) -> None:
+    picture.draw(
+        plot,
+        title=f"{report.model}, {report.recipe['method']}: predicted and measured peak",
+        bars={"predicted": report.predicted.ledger, "measured": report.measured.ledger},
+        budget_bytes=budget_bytes,
+    )
 
 
 def check_place(target: Path, *, resume: bool) -> None:
@@ -100,12 +111,12 @@ def check_place(target: Path, *, resume: bool) -> None:
         console.note(f"nothing to resume at {target}: starting at the first step")
 
 
-def warnings_of(recipe: Recipe, eval_data: Path | None) -> list[str]:
-    """Settings without effect in this run."""
-    found = recipe.warnings()
+def note_warnings(recipe: Recipe, eval_data: Path | None) -> None:
+    """Say which settings have no effect in this run."""
+    for warning in recipe.warnings():
+        console.note(warning)
     if recipe.training.evaluate_every and eval_data is None:
-        found.append("training.evaluate_every has no effect without --eval-data FILE")
-    return found
+        console.note("training.evaluate_every has no effect without --eval-data FILE")
 
 
 def refuse_if_over(predicted: Prediction) -> None:

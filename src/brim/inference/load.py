@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from brim import units
-from brim.errors import MissingPartError, ModelFileError
+from brim.errors import MissingPartError, ModelFileError, UsageError
 from brim.models import describe
+from brim.models.families import ENCODERS
 from brim.models.weights import local_directory
 
 
@@ -70,6 +71,9 @@ def resident_bytes(model: torch.nn.Module) -> int:
 
 def _load_model(directory: Path) -> Any:
     config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    if config.model_type in ENCODERS:
+        raise UsageError(f"{directory} is a {config.model_type}, which fills in masked tokens: it writes no text and "
+                         "has no perplexity; name a causal model")  # fmt: skip
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model, loading = kind.from_pretrained(
         str(directory),
@@ -111,7 +115,7 @@ def _transformers_errors(directory: Path) -> Iterator[None]:
         raise MissingPartError(f"{directory} is an INT8 model; reading it needs: pip install 'brim[int8]'") from None
     except SafetensorError as error:
         raise ModelFileError(f"{directory}: damaged safetensors file: {error}") from None
-    except ModelFileError:
+    except (ModelFileError, UsageError):
         raise
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().partition(os.linesep)[0]

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._meta_registrations import _create_grouped_mm_output_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -52,6 +52,7 @@ class FakeWorld:
         self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
         self._stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply_to_fakes))
         self._stack.enter_context(mock.patch("torch.get_rng_state", self._rng_state))
+        self._stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copy_of_fake, create=True))
         # Last, hence the first to see an operator: it counts references, and each mode below adds some.
         self._stack.enter_context(AccumulateInPlace())
         return self
@@ -106,14 +107,21 @@ class KnownIntegers(TorchDispatchMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
     ) -> None:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not all(tensor in self._values for tensor in inputs):
+        if not all(self._knows(tensor) for tensor in inputs):
             self._lose(outputs)
             return
         with _real():
-            known_args, known_kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
+            known_args, known_kwargs = tree_map_only(Tensor, self._value_of, (args, kwargs))
             known = func(*known_args, **known_kwargs)
         for output, value in zip(outputs, tree_leaves(known), strict=True):
             self._values[output] = value
+
+    def _knows(self, tensor: Tensor) -> bool:
+        # what `torch.tensor` makes from numbers is real until its first operator
+        return tensor in self._values or not isinstance(tensor, FakeTensor)
+
+    def _value_of(self, tensor: Tensor) -> Tensor:
+        return self._values.get(tensor, tensor)
 
     def _lose(self, outputs: list[Tensor]) -> None:
         """Whatever was known of these was written over by something unknown."""
@@ -195,6 +203,15 @@ def _called_by_autograd() -> bool:
     while frame.f_back is not None and frame.f_code.co_filename.endswith(("_compile.py", "eval_frame.py", "_stats.py")):
         frame = frame.f_back
     return frame.f_code.co_name == "_engine_run_backward"
+
+
+def _copy_of_fake(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
+    """As PEFT copies a classifier's head; left alone, the copy would be in a copy of the fake mode."""
+    if id(tensor) not in memo:
+        copied = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(copied, requires_grad=tensor.requires_grad) if is_parameter else copied
+    return memo[id(tensor)]
 
 
 def _storage_holders(tensor: Tensor) -> int:

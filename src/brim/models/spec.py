@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brim.errors import ModelFileError
+from brim.models.families import EAGER_ONLY, ENCODERS
 
-Task = Literal["causal-lm", "seq2seq-lm"]
+Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,30 @@ class ModelSpec:
 
     @property
     def task(self) -> Task:
-        return "seq2seq-lm" if self.config.get("is_encoder_decoder") else "causal-lm"
+        """What the model was made for: by the class that saved it, else by its family."""
+        architecture = str((self.config.get("architectures") or [""])[0])
+        if self.is_encoder_decoder:
+            return "seq2seq-lm"
+        if architecture.endswith("ForSequenceClassification"):
+            return "sequence-classification"
+        if architecture.endswith("ForMaskedLM") or self.model_type in ENCODERS:
+            return "masked-lm"
+        return "causal-lm"
+
+    @property
+    def attention(self) -> Literal["eager", "sdpa"]:
+        """The best value of `memory.attention` that transformers has for this family."""
+        return "eager" if self.model_type in EAGER_ONLY else "sdpa"
+
+    @property
+    def num_labels(self) -> int:
+        """Classes that a classifier's config names; two where it names none, as transformers assumes."""
+        names = self.config.get("id2label") if self.task == "sequence-classification" else None
+        return len(names or (0, 1))
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.config.get("is_encoder_decoder"))
 
     def first(self, *keys: str, default: int | None = None) -> int:
         """The first of these config keys that is present: families name the same fact differently.
@@ -78,7 +102,7 @@ class ModelSpec:
     def num_layers(self) -> int:
         """Blocks; encoder and decoder counted together."""
         layers = self.first("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers")
-        if self.task == "seq2seq-lm":
+        if self.is_encoder_decoder:
             return self.first("encoder_layers", default=layers) + self.first(
                 "num_decoder_layers", "decoder_layers", default=layers
             )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from brim.errors import RecipeError, UsageError
 from brim.models.spec import ModelSpec
-from brim.recipe import Recipe
+from brim.recipe import Memory, Recipe
 
 Settings = Mapping[str, Any]
 """Recipe keys, dotted, and their values."""
@@ -69,7 +69,14 @@ def base_recipe(spec: ModelSpec, constraints: Constraints) -> Recipe:
     """The user's settings over the planner's defaults."""
     seq_len = constraints.seq_len or min(_DEFAULT_SEQ_LEN, num_positions(spec) or _DEFAULT_SEQ_LEN)
     method = "full" if constraints.method == "auto" else constraints.method
-    recipe = Recipe(model=spec.name, task=spec.task, method=method, seq_len=seq_len)
+    recipe = Recipe(
+        model=spec.name,
+        task=spec.task,
+        method=method,
+        seq_len=seq_len,
+        num_labels=spec.num_labels,
+        memory=Memory(attention=spec.attention),
+    )
     refusal: RecipeError | None = None
     for precision in reversed(_PRECISIONS):
         # A pinned format may contradict one row and go with another.
@@ -94,6 +101,8 @@ def derived(spec: ModelSpec, constraints: Constraints) -> dict[str, str]:
         positions = num_positions(spec)
         limit = f"all positions that {spec.name} knows" if positions == recipe.seq_len else "a usual row of text"
         reasons["seq_len"] = f"{recipe.seq_len}: {limit}; --seq-len changes it"
+    if spec.attention == "eager" and "memory.attention" not in constraints.pinned:
+        reasons["memory.attention"] = f"eager: transformers has no other for the family {spec.model_type}"
     if constraints.global_batch_size is None and "grad_accumulation" not in constraints.pinned:
         reasons["grad_accumulation"] = "1: no --global-batch-size was asked for, so each micro-batch is a step"
     if "optimizer.learning_rate" not in constraints.pinned:

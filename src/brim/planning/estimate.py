@@ -1,7 +1,7 @@
 """A recipe's prediction by closed form: microseconds, no torch, a wide band."""
 
 from brim.hardware.device import Device
-from brim.memory.closed_form import ERROR_BAND, closed_form
+from brim.memory import closed_form, rough
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger, Peak, Prediction
@@ -10,8 +10,13 @@ from brim.units import format_bytes
 
 
 def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: int) -> Prediction:
-    """Peak and step time without running anything. Raises UsageError for a family the closed form does not know."""
-    ledger = closed_form(spec, recipe)
+    """Peak and step time without running anything; roughly where the closed form does not know the family or head."""
+    reasons: tuple[str, ...] = ()
+    if rough.closed_form_knows(spec, recipe):
+        ledger, error_band = closed_form.closed_form(spec, recipe), closed_form.ERROR_BAND
+    else:
+        ledger, error_band = rough.rough(spec, recipe), rough.ERROR_BAND
+        reasons = (f"rough: no closed form for {spec.model_type}, {recipe.task}; a rehearsal is exact",)
     seconds = step_time(spec, recipe, device)
     return Prediction(
         model=spec.name,
@@ -23,7 +28,8 @@ def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
         step_time_s=seconds,
         tokens_per_s=tokens_per_s(recipe, seconds),
         method="closed-form",
-        error_band=ERROR_BAND,
+        error_band=error_band,
+        reasons=reasons,
     )
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from brim.hardware.device import Device, MatmulFormat
 from brim.memory import kept
 from brim.memory.anatomy import Block, Linear, Stack, anatomy
-from brim.memory.kept import FP32, Terms
+from brim.memory.kept import BF16, FP32, Terms
+from brim.memory.rough import closed_form_knows, trained_parameters
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 
@@ -30,7 +31,7 @@ class Work:
 
 
 def step_time(spec: ModelSpec, recipe: Recipe, device: Device) -> float:
-    """Seconds of one optimizer step. Raises UsageError for a family without a row in `memory.anatomy`."""
+    """Seconds of one optimizer step."""
     work = step_work(spec, recipe)
     return work.flops / device.flops[work.compute] + work.traffic_bytes / device.bandwidth_bytes_per_s
 
@@ -42,6 +43,8 @@ def tokens_per_s(recipe: Recipe, seconds: float) -> float:
 
 def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
     """FLOPs and traffic of one optimizer step."""
+    if not closed_form_knows(spec, recipe):
+        return _rough_work(spec, recipe)
     t = kept.terms(anatomy(spec), recipe)
     checkpointed = recipe.memory.activation_checkpointing == "full"
     flops = _head_flops(t) + sum(_stack_flops(stack, t, checkpointed=checkpointed) for stack in t.parts.stacks)
@@ -49,6 +52,19 @@ def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
     return Work(
         flops=float(recipe.grad_accumulation * flops),
         traffic_bytes=float(recipe.grad_accumulation * traffic + _optimizer_traffic(spec, recipe, t)),
+        compute="bf16" if recipe.precision.compute == "bf16" else "fp32",
+    )
+
+
+def _rough_work(spec: ModelSpec, recipe: Recipe) -> Work:
+    """By the number of parameters alone (6 N D, experts not spared), for a family without a row in `memory.anatomy`."""
+    trained = trained_parameters(spec, recipe)
+    passes = 2 + (recipe.memory.activation_checkpointing == "full")
+    weight_bytes = FP32 if recipe.precision.weights == "fp32" else BF16
+    products = spec.num_parameters * passes + trained
+    return Work(
+        flops=float(2 * recipe.tokens_per_step * products),
+        traffic_bytes=float(weight_bytes * (recipe.grad_accumulation * products + 9 * trained)),
         compute="bf16" if recipe.precision.compute == "bf16" else "fp32",
     )
 

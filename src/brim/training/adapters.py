@@ -11,8 +11,16 @@ from transformers.pytorch_utils import Conv1D
 from brim.errors import RecipeError, did_you_mean
 from brim.models import ModelSpec
 from brim.recipe import Recipe
+from brim.training.head import classifier_name
 
-_TASKS = {"causal-lm": TaskType.CAUSAL_LM, "seq2seq-lm": TaskType.SEQ_2_SEQ_LM}
+_TASKS = {
+    "causal-lm": TaskType.CAUSAL_LM,
+    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
+    "masked-lm": None,  # PEFT has no name for it and needs none
+    "sequence-classification": TaskType.SEQ_CLS,
+}
+_MAMBA_FAMILIES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Their `out_proj` is read by a fused kernel that does not see an adapter, so PEFT refuses it."""
 
 
 def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
@@ -23,13 +31,17 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         r=recipe.lora.rank,
         lora_alpha=recipe.lora.alpha,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        exclude_modules=["out_proj"] if base.config.model_type in _MAMBA_FAMILIES else None,
+        modules_to_save=[classifier_name(base)] if recipe.task == "sequence-classification" else None,
         task_type=_TASKS[recipe.task],
         # GPT-2 keeps its linear layers transposed.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
     )
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by an old name; delete this when a newer PEFT does not.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        # PEFT gives the fused matrices of experts their own rank, applies it, and then misses modules of that name.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        # transformers 5.23 renames its checkpointing methods; PEFT 0.21 still calls the old ones.
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
         model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
     return model
 

@@ -16,11 +16,11 @@ class Batch:
     """Rows that go through the model at once. Shapes: B rows, T tokens of a row (S of a source row)."""
 
     input_ids: Tensor
-    """Causal: BT. Sequence-to-sequence: BS, the source."""
+    """BT. Sequence-to-sequence: BS, the source."""
     labels: Tensor
-    """BT: the token that each position is to predict; -100 where there is nothing to learn."""
+    """BT: the token that each position is to predict; -100 where there is nothing to learn. Classification: B."""
     attention_mask: Tensor | None = None
-    """BS, 1 for source tokens and 0 for padding; sequence-to-sequence only."""
+    """1 for tokens and 0 for padding, as `input_ids`; None where no row is padded."""
     num_targets: int
     """Labels that are not -100."""
 
@@ -36,17 +36,22 @@ class Batch:
 
 
 def synthetic_batch(recipe: Recipe, spec: ModelSpec, *, seed: int = 0) -> Batch:
-    """Random tokens in the recipe's shape; a source row has one token of padding, as real data has."""
+    """Random tokens in the recipe's shape; where real data is padded, one row has one token of padding."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> Tensor:
         return torch.randint(0, spec.vocab_size, (recipe.micro_batch_size, length), generator=generator)
 
-    if recipe.task == "causal-lm":
+    if recipe.task in ("causal-lm", "masked-lm"):
         labels = tokens(recipe.seq_len)
         return Batch(input_ids=tokens(recipe.seq_len), labels=labels, num_targets=labels.numel())
-    labels = tokens(recipe.target_len)
-    labels[0, -1] = IGNORED
     mask = torch.ones(recipe.micro_batch_size, recipe.seq_len, dtype=torch.long)
     mask[0, -1] = 0
-    return Batch(input_ids=tokens(recipe.seq_len), labels=labels, attention_mask=mask, num_targets=labels.numel() - 1)
+    if recipe.task == "sequence-classification":
+        labels = torch.randint(0, recipe.num_labels, (recipe.micro_batch_size,), generator=generator)
+        num_targets = len(labels)
+    else:
+        labels = tokens(recipe.target_len)
+        labels[0, -1] = IGNORED
+        num_targets = labels.numel() - 1
+    return Batch(input_ids=tokens(recipe.seq_len), labels=labels, attention_mask=mask, num_targets=num_targets)

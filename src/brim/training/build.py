@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from brim.errors import RecipeError
 from brim.memory import owners
 from brim.models import ModelSpec
-from brim.models.skeleton import load, skeleton
+from brim.models.skeleton import attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
 from brim.training.head import OutputHead
@@ -56,12 +56,14 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     owners.switch("weights")
     base = _model(recipe, spec, weights, torch.device(device))
     base.config.use_cache = False
+    if recipe.task == "sequence-classification" and base.config.pad_token_id is None:
+        base.config.pad_token_id = 0  # some look for it, to find each row's last token; data brings its own
     model: nn.Module = base
     if recipe.method == "lora":
         model = add_lora(base, recipe)
     if recipe.memory.activation_checkpointing == "full":
         # non-reentrant: frozen inputs (LoRA) need no hook, and only what is used again is kept
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")
@@ -72,14 +74,21 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     )
     owners.claim("optimizer", optimizer.tensors())
     owners.switch("workspace")
-    head = OutputHead(base, chunked=recipe.memory.loss == "chunked")
+    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked")
     return Workload(recipe=recipe, model=model, base=base, head=head, optimizer=optimizer, device=torch.device(device))
 
 
 def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
-    """Raises RecipeError when task or sequence length do not go with the model."""
-    if recipe.task != spec.task:
+    """Raises RecipeError when task, attention or sequence length do not go with the model."""
+    classifies = recipe.task == "sequence-classification" and not spec.is_encoder_decoder
+    if recipe.task != spec.task and not classifies:
         raise RecipeError(f'task = "{recipe.task}" does not go with {spec.name}; nearest: task = "{spec.task}"')
+    kernels = attention_kernels(spec, task=recipe.task)
+    if recipe.memory.attention not in kernels:
+        raise RecipeError(
+            f'memory.attention = "{recipe.memory.attention}" cannot run: transformers has none for the family '
+            f'{spec.model_type!r}; nearest: memory.attention = "{kernels[0]}"'
+        )
     positions = spec.config.get("max_position_embeddings") or spec.config.get("n_positions")
     if positions and spec.task == "causal-lm" and recipe.seq_len > int(positions):
         raise RecipeError(
@@ -89,9 +98,10 @@ def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
 
 
 def _model(recipe: Recipe, spec: ModelSpec, weights: Path | None, device: torch.device) -> PreTrainedModel:
-    dtype, attention = recipe.precision.weights, recipe.memory.attention
+    dtype, attention, task = recipe.precision.weights, recipe.memory.attention, recipe.task
+    num_labels = recipe.num_labels if task == "sequence-classification" else None
     if weights is None:
         with device:
-            return skeleton(spec, dtype=dtype, attention=attention)
-    model = load(spec, weights, dtype=dtype, attention=attention)
+            return skeleton(spec, dtype=dtype, attention=attention, task=task, num_labels=num_labels)
+    model = load(spec, weights, dtype=dtype, attention=attention, task=task, num_labels=num_labels)
     return model if device.type == "cpu" else model.to(device)

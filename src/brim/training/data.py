@@ -1,7 +1,8 @@
 """Rows of text -> micro-batches of the recipe's exact shape, in an order that the seed decides.
 
 Causal: rows are joined with an end token between them and cut into blocks, so no token is padding (but for the end of
-the last block). Sequence-to-sequence: each row is cut or padded to the recipe's lengths.
+the last block). Masked: the same, with the tokenizer's own marks; the last block is filled up from the beginning.
+Sequence-to-sequence and classification: each row is cut or padded to the recipe's lengths.
 
 Shapes: R rows of the data set, T tokens of a row (S of a source row).
 """
@@ -18,6 +19,7 @@ from brim.errors import DataError
 from brim.layers.chunked_loss import IGNORED
 from brim.recipe import Recipe
 from brim.training.batches import Batch
+from brim.training.masking import Masking
 from brim.training.rows import Row
 
 
@@ -28,9 +30,15 @@ class DataSet:
     input_ids: Tensor
     """RT, or RS for sequence-to-sequence."""
     labels: Tensor
-    """RT."""
-    attention_mask: Tensor | None
-    """RS; sequence-to-sequence only."""
+    """RT; R for classification."""
+    attention_mask: Tensor | None = None
+    """As `input_ids`; None where no row is padded."""
+    masking: Masking | None = None
+    """Chooses other targets for each step; masked-lm only, whose `labels` are the tokens themselves."""
+    classes: tuple[str, ...] = ()
+    """Names of the labels 0, 1, ...; classification only."""
+    padding_id: int | None = None
+    """The token that fills rows up, where some are."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -40,7 +48,8 @@ class DataSet:
         size = recipe.micro_batch_size
         first = step * size * recipe.grad_accumulation
         order = self._order(recipe.training.seed, first, size * recipe.grad_accumulation)
-        return [self._batch(order[start : start + size]) for start in range(0, len(order), size)]
+        generator = torch.Generator().manual_seed(recipe.training.seed * 1_000_003 + first)
+        return [self._batch(order[start : start + size], generator) for start in range(0, len(order), size)]
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer steps of the run: `max_steps`, else enough to see each row once an epoch."""
@@ -48,14 +57,10 @@ class DataSet:
         return recipe.training.max_steps or -(-recipe.training.epochs * len(self) // per_step)
 
     def in_order(self, size: int) -> Iterator[Batch]:
-        """Each row once, as in the file, `size` at a time; the last batch may be smaller."""
+        """Each row once, as in the file, `size` at a time, masked the same way each time; the last may be smaller."""
+        generator = torch.Generator().manual_seed(0)
         for start in range(0, len(self), size):
-            yield self._batch(list(range(start, min(start + size, len(self)))))
-
-    @property
-    def num_targets(self) -> int:
-        """Labels that are not -100."""
-        return int((self.labels != IGNORED).sum())
+            yield self._batch(list(range(start, min(start + size, len(self)))), generator)
 
     @property
     def fingerprint(self) -> str:
@@ -76,10 +81,12 @@ class DataSet:
             chosen += shuffled[start : start + count - len(chosen)]
         return chosen
 
-    def _batch(self, rows: list[int]) -> Batch:
-        labels = self.labels[rows]
+    def _batch(self, rows: list[int], generator: torch.Generator) -> Batch:
+        input_ids, labels = self.input_ids[rows], self.labels[rows]
+        if self.masking is not None:
+            input_ids, labels = self.masking(input_ids, generator)
         return Batch(
-            input_ids=self.input_ids[rows],
+            input_ids=input_ids,
             labels=labels,
             attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
             num_targets=int((labels != IGNORED).sum()),
@@ -90,6 +97,10 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
     """The rows in the recipe's shape. Raises DataError when there is nothing to predict."""
     if recipe.task == "seq2seq-lm":
         return _pairs(rows, tokenizer, recipe)
+    if recipe.task == "masked-lm":
+        return _masked_blocks(rows, tokenizer, recipe)
+    if recipe.task == "sequence-classification":
+        return _labelled(rows, tokenizer, recipe)
     return _blocks(rows, tokenizer, recipe)
 
 
@@ -108,7 +119,58 @@ def _blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
     padding = end if end is not None else 0
     inputs = torch.tensor(stream[:-1] + [padding] * missing).view(-1, length)
     labels = torch.tensor(stream[1:] + [IGNORED] * missing).view(-1, length)
-    return DataSet(input_ids=inputs, labels=labels, attention_mask=None)
+    return DataSet(input_ids=inputs, labels=labels)
+
+
+def _masked_blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
+    """Rows with the tokenizer's marks around each, cut into blocks; no block holds padding."""
+    masking = Masking.of(tokenizer)
+    stream = [token for ids in tokenizer([row.text for row in rows])["input_ids"] for token in ids]
+    if masking.special_ids.issuperset(stream):
+        raise DataError("the data has no token that could be masked")
+    missing = -len(stream) % recipe.seq_len
+    rounds = -(-missing // len(stream))
+    blocks = torch.tensor(stream + (stream * rounds)[:missing]).view(-1, recipe.seq_len)
+    return DataSet(input_ids=blocks, labels=blocks, masking=masking)
+
+
+def _labelled(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
+    names = [row.label for row in rows if row.label is not None]
+    if len(names) < len(rows):
+        raise DataError('classification data needs a "label" beside the "text" in each row')
+    classes = _classes(names, recipe.num_labels)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise DataError("the tokenizer has neither a padding nor an end token to fill rows up with")
+    texts = tokenizer(
+        [row.text for row in rows],
+        max_length=recipe.seq_len,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    )
+    return DataSet(
+        input_ids=texts["input_ids"],
+        labels=torch.tensor([classes.index(name) for name in names]),
+        attention_mask=texts["attention_mask"],
+        classes=classes,
+        padding_id=tokenizer.pad_token_id,
+    )
+
+
+def _classes(names: Sequence[str], num_labels: int) -> tuple[str, ...]:
+    """Names in order of their number: numbers stand for themselves, texts are numbered by the alphabet."""
+    numbers = tuple(str(number) for number in range(num_labels))
+    found = sorted(set(names))
+    if set(found) <= set(numbers):
+        return numbers
+    if len(found) > num_labels:
+        raise DataError(
+            f"the data has {len(found)} classes ({', '.join(found[:4])}, ...) and the recipe {num_labels}: "
+            f"write num_labels = {len(found)}"
+        )
+    return (*found, *(f"unused {number}" for number in range(len(found), num_labels)))
 
 
 def _pairs(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:

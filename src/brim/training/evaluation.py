@@ -10,11 +10,12 @@ from brim.training.step import batch_loss
 
 def mean_loss(workload: Workload, held: DataSet) -> float:
     """Mean loss per target token over all of `held`, without dropout; model and random generators stay as they were."""
-    total, num_targets = 0.0, held.num_targets
+    size = workload.recipe.micro_batch_size
+    total, num_targets = 0.0, sum(batch.num_targets for batch in held.in_order(size))
     workload.model.eval()
     try:
         with torch.no_grad():
-            for batch in held.in_order(workload.recipe.micro_batch_size):
+            for batch in held.in_order(size):
                 on_device = batch.mapped(lambda tensor: tensor.to(workload.device))
                 total += float(batch_loss(workload, on_device, num_targets))
     finally:

@@ -4,9 +4,6 @@ The head is also where the ledger changes lines: what it allocates is `loss`, an
 the gradient has passed through it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,15 +12,23 @@ from transformers import PreTrainedModel
 from brim.errors import RecipeError
 from brim.layers.chunked_loss import IGNORED, Finish, chunked_cross_entropy
 from brim.memory import owners
+from brim.recipe import Task
+
+_CLASSIFIERS = ("score", "classifier", "classification_head", "logits_proj")
+"""What families call a classifier's head."""
 
 
 class OutputHead:
-    """The model's last linear layer, watched; in chunked mode the model runs without it.
+    """The model's last layer, watched; in chunked mode the model runs without it.
 
-    Shapes: B rows, T tokens, H hidden size, V vocabulary.
+    Shapes: B rows, T tokens, H hidden size, V vocabulary, C classes.
     """
 
-    def __init__(self, base: PreTrainedModel, *, chunked: bool) -> None:
+    def __init__(self, base: PreTrainedModel, *, task: Task, chunked: bool) -> None:
+        if task == "sequence-classification":
+            self.chunked = False
+            base.get_submodule(classifier_name(base)).register_forward_pre_hook(_watch)
+            return
         self.chunked = chunked
         self._linear = base.get_output_embeddings()
         if not isinstance(self._linear, nn.Linear):
@@ -33,16 +38,17 @@ class OutputHead:
         self._finish = finish_of(base)
         self._linear.register_forward_pre_hook(_watch)
 
-    def loss(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor, *, scale: float) -> Tensor:
-        """`scale` times the sum of the cross-entropy over tokens with a label (not -100), in FP32.
+    def loss(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, *, scale: float) -> Tensor:
+        """`scale` times the sum of the cross-entropy over labels that are not -100, in FP32.
 
-        Call `backward` on the result itself: in chunked mode the head's gradient is there already.
+        Labels are BT (of tokens) or B (of rows). Call `backward` on the result itself: in chunked mode the head's
+        gradient is there already.
         """
-        labels_N = labels_BT.flatten()
+        labels_N = labels.flatten()
         if not self.chunked:
             # One expression: a name for the logits would keep them alive through backward.
             total = F.cross_entropy(
-                model(**inputs).logits.flatten(0, 1).float(), labels_N, ignore_index=IGNORED, reduction="sum"
+                model(**inputs).logits.flatten(0, -2).float(), labels_N, ignore_index=IGNORED, reduction="sum"
             )
             return total * scale
         hidden_NH = self.hidden_states(model, inputs).flatten(0, 1)
@@ -50,10 +56,17 @@ class OutputHead:
         return chunked_cross_entropy(hidden_NH, self._linear, labels_N, scale=scale, finish=self._finish)
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """hidden_BTH: what the model hands to its head."""
-        with _without(self._linear) as seen:
+        """hidden_BTH: what the model hands to its head, where it stops: nothing after the head runs on it."""
+        self._linear.forward = _stop
+        try:
             model(**inputs)
-        return seen[0]
+        except _HeadReachedError as reached:
+            return reached.hidden_BTH
+        finally:
+            del self._linear.forward
+        raise RecipeError(
+            f'memory.loss = "chunked": {type(model).__name__} does not use its head; nearest: memory.loss = "full"'
+        )
 
     def check_finish(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
         """Raises RecipeError when the model does more to its logits than the chunked loss knows of."""
@@ -71,14 +84,25 @@ class OutputHead:
 
 
 def finish_of(base: PreTrainedModel) -> Finish:
-    """What the family does to logits after the head: a softcap (Gemma), a division (Granite), or nothing."""
+    """What the family does to logits after the head: softcap (Gemma), division (Granite), bias (BART), or nothing."""
     softcap = getattr(base.config, "final_logit_softcapping", None)
     if softcap:
         return lambda logits: torch.tanh(logits / softcap) * softcap
     scaling = getattr(base.config, "logits_scaling", None)
     if scaling and base.config.model_type.startswith("granite"):
         return lambda logits: logits / scaling
+    bias_V = getattr(base, "final_logits_bias", None)
+    if bias_V is not None:
+        return lambda logits: logits + bias_V
     return lambda logits: logits
+
+
+def classifier_name(base: PreTrainedModel) -> str:
+    """Name of the module that turns hidden states into classes. Raises RecipeError where none is known."""
+    for name in _CLASSIFIERS:
+        if hasattr(base, name):
+            return name
+    raise RecipeError(f"{type(base).__name__}: its classifier is called none of {', '.join(_CLASSIFIERS)}")
 
 
 def _watch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -91,17 +115,13 @@ def _leave_loss(_: Tensor) -> None:
     owners.switch("activations")
 
 
-@contextmanager
-def _without(linear: nn.Linear) -> Iterator[list[Tensor]]:
-    """The layer hands its input on instead of working; the inputs it saw."""
-    seen: list[Tensor] = []
+class _HeadReachedError(Exception):
+    """Ends a forward pass at the head."""
 
-    def hand_on(hidden_BTH: Tensor) -> Tensor:
-        seen.append(hidden_BTH)
-        return hidden_BTH
+    def __init__(self, hidden_BTH: Tensor) -> None:
+        super().__init__()
+        self.hidden_BTH = hidden_BTH
 
-    linear.forward = hand_on  # type: ignore[method-assign,assignment]
-    try:
-        yield seen
-    finally:
-        del linear.forward
+
+def _stop(hidden_BTH: Tensor) -> Tensor:
+    raise _HeadReachedError(hidden_BTH)

@@ -81,7 +81,8 @@ def run(job: Run, *, on_step: OnStep = lambda _: None, should_stop: ShouldStop =
         with meter_for(torch.device(job.device)) as meter:
             torch.manual_seed(job.recipe.training.seed)
             workload = build(job.recipe, job.spec, weights=job.weights, device=job.device)
-            if job.recipe.memory.loss == "chunked":
+            _tell_classes(job, workload)
+            if workload.head.chunked:
                 workload.head.check_finish(workload.model, _few_tokens(job, workload))
             history = _resumed(job, workload)
             _train(job, workload, history, meter, on_step=on_step, should_stop=should_stop)
@@ -95,6 +96,14 @@ def run(job: Run, *, on_step: OnStep = lambda _: None, should_stop: ShouldStop =
     finally:
         discard_unbegun(job.output)
     return report
+
+
+def _tell_classes(job: Run, workload: Workload) -> None:
+    """The saved model names its classes, and finds the end of a row where the data put it."""
+    if job.data.classes:
+        workload.base.config.id2label = dict(enumerate(job.data.classes))
+        workload.base.config.label2id = {name: number for number, name in enumerate(job.data.classes)}
+        workload.base.config.pad_token_id = job.data.padding_id
 
 
 @dataclass(slots=True)
@@ -214,10 +223,9 @@ def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:
     batch = job.data.step_batches(job.recipe, 0)[0]
     inputs = {"input_ids": batch.input_ids[:1, :8].to(workload.device)}
     if batch.attention_mask is not None:
-        inputs |= {
-            "attention_mask": torch.ones_like(inputs["input_ids"]),
-            "decoder_input_ids": inputs["input_ids"],
-        }
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if job.recipe.task == "seq2seq-lm":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
 
 

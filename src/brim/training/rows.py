@@ -29,6 +29,8 @@ class Row:
 
     source: str
     target: str
+    label: str | None = None
+    """The class of a text, where the row names one."""
 
     @property
     def text(self) -> str:
@@ -94,8 +96,17 @@ def _row(value: Any, *, where: str) -> Row:
                 raise DataError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character; remove it")
             if not parts[-1].strip():
                 raise DataError(f"{where}: {target!r} is empty: nothing to learn")
-            return Row("\n".join(part for part in parts[:-1] if part), parts[-1])
+            return Row("\n".join(part for part in parts[:-1] if part), parts[-1], _label(value, where=where))
     known = sorted({name for sources, target in _LAYOUTS for name in (*sources, target)})
     hints = "".join(did_you_mean(name, known) for name in list(value)[:4])
     layouts = "; ".join("+".join((*sources, target)) for sources, target in _LAYOUTS)
     raise DataError(f"{where}: columns {', '.join(map(str, value))} are no known layout ({layouts}){hints}")
+
+
+def _label(value: Mapping[str, Any], *, where: str) -> str | None:
+    label = value.get("label")
+    if label is None:
+        return None
+    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+        raise DataError(f"{where}: label {label!r} is neither the name of a class nor its number")
+    return str(label)

@@ -1,0 +1,113 @@
+"""Peak bytes of any family's training step, roughly: for ranking where the closed form has no row.
+
+Weights, gradients and optimizer states follow from the number of parameters; what a block keeps is that of a usual
+block of this width. Good enough to say which recipes are worth a rehearsal, which then decides.
+"""
+
+from dataclasses import dataclass
+
+from brim.memory.anatomy import FAMILIES
+from brim.models.spec import ModelSpec
+from brim.recipe import Recipe
+from brim.report import Ledger
+
+ERROR_BAND = (-0.5, 1.0)
+"""Relative error (low, high) over the families and recipes of tests/cpu/test_families.py."""
+
+_CHUNK_BYTES = 3 * 32 * 2**20
+"""Logits, their FP32 copy and their gradient, of one chunk of the chunked loss."""
+
+
+def closed_form_knows(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether `closed_form` and the roofline have rows for this model and head."""
+    return spec.model_type in FAMILIES and recipe.task == spec.task and recipe.task in ("causal-lm", "seq2seq-lm")
+
+
+def rough(spec: ModelSpec, recipe: Recipe) -> Ledger:
+    """The larger of two moments: all activations with the logits, or all gradients with one block's activations."""
+    parts = _Parts(spec=spec, recipe=recipe)
+    kept = parts.activations + parts.loss
+    late = parts.gradients + parts.block
+    return Ledger(
+        weights=parts.weights,
+        optimizer=parts.optimizer,
+        activations=parts.activations if kept >= late else parts.block,
+        loss=parts.loss if kept >= late else 0,
+        gradients=0 if kept >= late else parts.gradients,
+    )
+
+
+def trained_parameters(spec: ModelSpec, recipe: Recipe) -> int:
+    """All of them, or an adapter on each linear of a usual block."""
+    if recipe.method == "full":
+        return spec.num_parameters
+    return recipe.lora.rank * spec.num_layers * (8 * spec.hidden_size + 3 * (spec.hidden_size + _feed_width(spec)))
+
+
+def _feed_width(spec: ModelSpec) -> int:
+    """Of a token's way through the feed-forward: with experts, of those it visits."""
+    per_token = spec.config.get("num_experts_per_tok")
+    if per_token is None:
+        return spec.intermediate_size
+    return int(per_token) * spec.first("moe_intermediate_size", default=spec.intermediate_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    spec: ModelSpec
+    recipe: Recipe
+
+    @property
+    def _weight_bytes(self) -> int:
+        return 4 if self.recipe.precision.weights == "fp32" else 2
+
+    @property
+    def _compute_bytes(self) -> int:
+        return 4 if self.recipe.precision.compute == "fp32" else 2
+
+    @property
+    def weights(self) -> int:
+        adapters = 0 if self.recipe.method == "full" else trained_parameters(self.spec, self.recipe)
+        return self._weight_bytes * (self.spec.num_parameters + adapters)
+
+    @property
+    def gradients(self) -> int:
+        return self._weight_bytes * trained_parameters(self.spec, self.recipe)
+
+    @property
+    def optimizer(self) -> int:
+        has_master = self.recipe.precision.master == "fp32" and self._weight_bytes == 2
+        return (12 if has_master else 2 * self._weight_bytes) * trained_parameters(self.spec, self.recipe)
+
+    @property
+    def _tokens(self) -> int:
+        return self.recipe.tokens_per_step // self.recipe.grad_accumulation
+
+    @property
+    def block(self) -> int:
+        """Bytes that one block keeps for backward."""
+        recipe, spec = self.recipe, self.spec
+        linear = self._compute_bytes * self._tokens * (12 * spec.hidden_size + 4 * _feed_width(spec))
+        length = max(recipe.seq_len, recipe.target_len if recipe.task == "seq2seq-lm" else 0)
+        scores = (4 + 2 * self._compute_bytes) * recipe.micro_batch_size * spec.num_heads * length**2
+        return linear + (scores if recipe.memory.attention == "eager" else 0)
+
+    @property
+    def activations(self) -> int:
+        boundary = self._compute_bytes * self._tokens * self.spec.hidden_size
+        if self.recipe.memory.activation_checkpointing == "full":
+            kept = self.spec.num_layers * boundary + self.block
+        else:
+            kept = self.spec.num_layers * self.block
+        # autocast keeps a BF16 copy of each weight until forward ends
+        is_mixed = self._weight_bytes > self._compute_bytes
+        return kept + (2 * self.spec.num_parameters if is_mixed else 0)
+
+    @property
+    def loss(self) -> int:
+        recipe = self.recipe
+        if recipe.task == "sequence-classification":
+            return 0
+        length = recipe.target_len if recipe.task == "seq2seq-lm" else recipe.seq_len
+        whole = (8 + self._compute_bytes) * recipe.micro_batch_size * length * self.spec.vocab_size
+        return min(whole, _CHUNK_BYTES) if recipe.memory.loss == "chunked" else whole
