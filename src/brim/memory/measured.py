@@ -30,9 +30,12 @@ class RealMeter(Protocol):
     def sample(self) -> tuple[int, int]:
         """(allocated bytes now, highest since the last sample)."""
 
+    def start_over(self) -> None:
+        """Forget the peak so far; what is allocated now counts on."""
+
     @property
     def peak(self) -> Peak:
-        """Of everything up to the last sample."""
+        """Of everything from the start, or `start_over`, up to the last sample."""
 
     @property
     def ledger(self) -> Ledger:
@@ -85,6 +88,11 @@ class CpuMeter:
         self._trace.forget_past()
         self._record()
         return now, highest
+
+    def start_over(self) -> None:
+        self.sample()
+        self._peak = Peak(allocated_bytes=self._trace.peak_bytes)
+        self._ledger = self._trace.peak_ledger()
 
     @property
     def peak(self) -> Peak:
@@ -172,6 +180,10 @@ class CudaMeter:
         now = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         return now, highest
+
+    def start_over(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._peak = Peak(allocated_bytes=0)
 
     @property
     def peak(self) -> Peak:

@@ -148,6 +148,8 @@ def _train(
     job: Run, workload: Workload, history: _History, meter: RealMeter, *, on_step: OnStep, should_stop: ShouldStop
 ) -> None:
     training, steps = job.recipe.training, job.data.steps(job.recipe)
+    # Loading maps the weights' file, which the profiler counts; it is page cache, not memory that the run needs.
+    meter.start_over()
     history.measure(meter)
     if should_stop():
         raise Stopped("stopped before the first step; start again with the same command and --resume")
