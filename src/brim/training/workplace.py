@@ -81,6 +81,7 @@ def publish(output: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     for path in staging.iterdir():
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes files that only their owner can read
         path.rename(workplace / path.name)
     staging.rmdir()
     sync_tree(workplace)

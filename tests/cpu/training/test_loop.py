@@ -91,6 +91,7 @@ def test_what_a_run_writes(make_run: MakeRun) -> None:
     assert not workplace_of(job.output).exists()
     assert not (job.output / "checkpoints").exists()
     assert Recipe.from_toml(job.output / "recipe.toml") == job.recipe
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in job.output.iterdir()), "a file that others cannot read"
     lines = metrics(job.output)
     assert [line["step"] for line in lines] == [record.step for record in records] == [1, 2, 3, 4, 5]
     events = EventAccumulator(str(job.output / "events")).Reload()
