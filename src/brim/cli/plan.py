@@ -134,7 +134,7 @@ def _cells(prediction: Prediction) -> tuple[str, ...]:
         f"{recipe['micro_batch_size']} x {recipe['grad_accumulation']}",
         memory["activation_checkpointing"],
         memory["loss"],
-        ("" if rehearsed else "~") + format_bytes(prediction.peak.allocated_bytes),
+        ("" if rehearsed else "~") + format_bytes(prediction.peak.highest_bytes),
         format_count(float(f"{prediction.tokens_per_s:.2g}")),
         ("yes" if rehearsed else "likely") if prediction.fits else "no",
     )

@@ -71,7 +71,9 @@ def show(prediction: Prediction) -> None:
         if nbytes:
             table.add_row(line, units.format_bytes(nbytes), f"{100 * nbytes / total:.1f} %")
     table.add_section()
-    table.add_row("peak allocated", units.format_bytes(total), f"{total:,} B")
+    for name, peak in prediction.peak.to_dict().items():
+        if peak is not None:
+            table.add_row(f"peak {name.removesuffix('_bytes')}", units.format_bytes(peak), f"{peak:,} B")
     console.out.print(table)
     fits = "fits" if prediction.fits else "does not fit"
     console.out.print(

@@ -16,7 +16,10 @@ _TASKS = {"causal-lm": TaskType.CAUSAL_LM, "seq2seq-lm": TaskType.SEQ_2_SEQ_LM}
 
 
 def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
-    """`base` with adapters in the format of its weights (an FP32 copy of them is the optimizer's `master`)."""
+    """`base` with adapters in the format of its weights (an FP32 copy of them is the optimizer's `master`).
+
+    Or in FP32, where `library.adapters` says so.
+    """
     targets = recipe.lora.targets
     _check_targets(base, targets)
     config = LoraConfig(
@@ -30,7 +33,7 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by an old name; delete this when a newer PEFT does not.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
+        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=recipe.library.adapters == "fp32")
     return model
 
 
