@@ -75,6 +75,20 @@ class Qat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """Whose code runs: Brim's own, or other libraries' way of the same step, to compare with a run of theirs."""
+
+    loss: Literal[
+        "brim", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "fast-ce", "litgpt"
+    ] = "brim"
+    """What each holds is said in training/generations.py."""
+    adamw: Literal["fused", "foreach"] = "fused"
+    """foreach is PyTorch's default on a GPU: its temporaries are as large as the parameters."""
+    adapters: Literal["weights", "fp32"] = "weights"
+    """Format of adapters: of the weights, or FP32 (PEFT's `autocast_adapter_dtype`, its default)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
     nodes: int = 1
     devices_per_node: int = 1
@@ -107,6 +121,7 @@ class Recipe:
     lora: Lora = field(default_factory=Lora)
     qat: Qat = field(default_factory=Qat)
     parallel: Parallel = field(default_factory=Parallel)
+    library: Library = field(default_factory=Library)
 
     def __post_init__(self) -> None:
         _check_ranges(self)
@@ -167,6 +182,8 @@ class Recipe:
             found.append(f'[lora] has no effect: method is "{self.method}"')
         if self.method != "qat" and self.qat != Qat():
             found.append(f'[qat] has no effect: method is "{self.method}"')
+        if self.method != "lora" and self.library.adapters != "weights":
+            found.append(f'library.adapters has no effect: method is "{self.method}"')
         if self.task != "seq2seq-lm" and self.target_seq_len:
             found.append(f'target_seq_len has no effect: task is "{self.task}"')
         if self.task != "sequence-classification" and self.num_labels != 2:
@@ -320,6 +337,16 @@ def _check_runs(recipe: Recipe) -> None:
             value = getattr(value, part)
         if value not in runnable:
             raise RecipeError(f"{key} = {value} cannot run in this version ({why}); nearest: {key} = {nearest}")
+    library = recipe.library
+    if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
+        raise RecipeError(
+            f'library.loss = "{library.loss}" is a full loss of causal language models; nearest: library.loss = "brim"'
+        )
+    if library.adamw == "foreach" and recipe.precision.master == "fp32" and recipe.precision.weights != "fp32":
+        raise RecipeError(
+            'library.adamw = "foreach" steps all parameters at once, precision.master = "fp32" one by one; '
+            'nearest: library.adamw = "fused"'
+        )
     if recipe.precision.weights == "bf16" and recipe.precision.compute == "fp32":
         raise RecipeError(
             'precision.compute = "fp32" cannot run over precision.weights = "bf16": a matmul runs in its weights\' '
@@ -328,6 +355,7 @@ def _check_runs(recipe: Recipe) -> None:
 
 
 __all__ = [
+    "Library",
     "Lora",
     "Memory",
     "Method",

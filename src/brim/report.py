@@ -49,6 +49,11 @@ class Peak:
     reserved_bytes: int | None = None
     device_bytes: int | None = None
 
+    @property
+    def highest_bytes(self) -> int:
+        """What must fit: the device's peak where there is one, else what was allocated. A ledger adds up to it."""
+        return self.allocated_bytes if self.device_bytes is None else self.device_bytes
+
     def to_dict(self) -> dict[str, int | None]:
         return {
             "allocated_bytes": self.allocated_bytes,
@@ -81,7 +86,7 @@ class Prediction:
     @property
     def fits(self) -> bool:
         """The upper bound of the peak stays within the budget."""
-        return self.peak.allocated_bytes * (1 + self.error_band[1]) <= self.budget_bytes
+        return self.peak.highest_bytes * (1 + self.error_band[1]) <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -276,5 +276,5 @@ def test_tokens_per_step() -> None:
 
 def test_sections_are_the_contract() -> None:
     """The file's sections are those of the contract, and every recipe can be hashed and compared."""
-    assert {"precision", "optimizer", "memory", "training", "lora", "qat", "parallel"} == SECTIONS
+    assert {"precision", "optimizer", "memory", "training", "lora", "qat", "parallel", "library"} == SECTIONS
     assert len({Recipe(model=MODEL), Recipe(model=MODEL), Recipe(model="other")}) == 2

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from brim.errors import RecipeError
-from brim.hardware import Device
+from brim.errors import RecipeError, UsageError
+from brim.hardware import Device, find
+from brim.hardware.rates import quick_device
 from brim.models import ModelSpec, describe
 from brim.recipe import Recipe
 
@@ -14,6 +15,7 @@ Source = Annotated[
     str, typer.Argument(metavar="MODEL|RECIPE", help="A model's name, Hub id, directory or .gguf; or a recipe.toml.")
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GPU that need not be here, as a100.")]
 Memory = Annotated[str | None, typer.Option(help="Use at most this much, as 24GiB.")]
 Method = Annotated[str | None, typer.Option(help="full or lora.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens of a row.")]
@@ -27,6 +29,22 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 def budget_of(device: Device, cap: int | None) -> int:
     """Bytes that a run may use: what is free now, or what the user said."""
     return device.memory_free_bytes if cap is None else device.memory_bytes
+
+
+def device_of(name: str, gpu: str | None, cap: int | None, *, quick: bool = False) -> Device:
+    """The GPU of the catalogue that was named, else a device of this machine; `cap` limits its memory.
+
+    `quick` looks at this machine without torch.
+    """
+    if gpu is not None:
+        if name != "cpu":
+            raise UsageError(f"--gpu {gpu} and --device {name} both name a device; give one of them")
+        return find(gpu).capped(cap)
+    if quick:
+        return quick_device(name, cap)
+    from brim.hardware.measure import resolve_device
+
+    return resolve_device(name, cap)
 
 
 def recipe_of(

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from brim.cli import console, options
+from brim.hardware import Device
 from brim.models import describe
 from brim.planning import Constraints, NothingFitsError, plan
 from brim.planning.ranking import Goal, kind_of
@@ -22,6 +23,7 @@ _LOSERS_SHOWN = 4
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Catalogue name, directory, Hub id or .gguf file.")],
     device: Annotated[str, typer.Option(help="cpu, or cuda for the GPU of this machine.")] = "cpu",
+    gpu: options.GpuName = None,
     memory: Annotated[
         str | None, typer.Option(help="Budget, as 2GiB. Default: what is free now.", show_default=False)
     ] = None,
@@ -50,8 +52,10 @@ def command(
         global_batch_size=global_batch_size,
         settings=tuple(settings or ()),
     )
+    cap = parse_bytes(memory) if memory is not None else None
     try:
-        result = _search(model, device, memory, constraints, goal)
+        found = options.device_of(device, gpu, cap)
+        result = _search(model, found, options.budget_of(found, cap), constraints, goal)
     except NothingFitsError as error:
         if json:
             console.print_json(error.plan.to_dict())
@@ -64,22 +68,18 @@ def command(
         _print(result, model, save)
 
 
-def _search(model: str, device: str, memory: str | None, constraints: Constraints, goal: Goal) -> Plan:
-    cap = parse_bytes(memory) if memory is not None else None
+def _search(model: str, device: Device, budget: int, constraints: Constraints, goal: Goal) -> Plan:
     spec = describe(model)
-    from brim.hardware.measure import resolve_device
     from brim.rehearsal import rehearse
 
-    found = resolve_device(device, cap)
-    budget = options.budget_of(found, cap)
-    if found.memory_free_bytes < budget:
-        console.note(f"only {format_bytes(found.memory_free_bytes)} are free now, less than the budget")
+    if device.memory_free_bytes < budget:
+        console.note(f"only {format_bytes(device.memory_free_bytes)} are free now, less than the budget")
     with console.progress(f"Rehearsing finalists for {spec.name}") as progress:
         return plan(
             spec,
-            found,
+            device,
             budget_bytes=budget,
-            rehearse=lambda recipe: rehearse(spec, recipe, device=found, budget_bytes=budget),
+            rehearse=lambda recipe: rehearse(spec, recipe, device=device, budget_bytes=budget),
             constraints=constraints,
             goal=goal,
             progress=progress,
@@ -134,7 +134,7 @@ def _cells(prediction: Prediction) -> tuple[str, ...]:
         f"{recipe['micro_batch_size']} x {recipe['grad_accumulation']}",
         memory["activation_checkpointing"],
         memory["loss"],
-        ("" if rehearsed else "~") + format_bytes(prediction.peak.allocated_bytes),
+        ("" if rehearsed else "~") + format_bytes(prediction.peak.highest_bytes),
         format_count(float(f"{prediction.tokens_per_s:.2g}")),
         ("yes" if rehearsed else "likely") if prediction.fits else "no",
     )

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from brim import units
 from brim.cli import console, options, picture
+from brim.hardware import Device
 from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Prediction
@@ -15,6 +16,7 @@ from brim.report import Prediction
 def command(
     source: options.Source,
     device: options.DeviceName = "cpu",
+    gpu: options.GpuName = None,
     memory: options.Memory = None,
     method: options.Method = None,
     seq_len: options.SeqLen = None,
@@ -30,7 +32,9 @@ def command(
         source, method=method, seq_len=seq_len, micro_batch_size=micro_batch_size, settings=settings
     )
     cap = None if memory is None else units.parse_bytes(memory)
-    prediction = _estimated(spec, recipe, device, cap) if quick else _rehearsed(spec, recipe, device, cap)
+    found = options.device_of(device, gpu, cap, quick=quick)
+    budget = options.budget_of(found, cap)
+    prediction = _estimated(spec, recipe, found, budget) if quick else _rehearsed(spec, recipe, found, budget)
     picture.draw(
         plot,
         title=f"{prediction.model} on {prediction.device_name}",
@@ -44,20 +48,16 @@ def command(
     return 0
 
 
-def _estimated(spec: ModelSpec, recipe: Recipe, device: str, cap: int | None) -> Prediction:
-    from brim.hardware.rates import quick_device
+def _estimated(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: int) -> Prediction:
     from brim.planning.estimate import estimate
 
-    found = quick_device(device, cap)
-    return estimate(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
+    return estimate(spec, recipe, device=device, budget_bytes=budget_bytes)
 
 
-def _rehearsed(spec: ModelSpec, recipe: Recipe, device: str, cap: int | None) -> Prediction:
-    from brim.hardware.measure import resolve_device
+def _rehearsed(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: int) -> Prediction:
     from brim.rehearsal import rehearse
 
-    found = resolve_device(device, cap)
-    return rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
+    return rehearse(spec, recipe, device=device, budget_bytes=budget_bytes)
 
 
 def show(prediction: Prediction) -> None:
@@ -71,7 +71,9 @@ def show(prediction: Prediction) -> None:
         if nbytes:
             table.add_row(line, units.format_bytes(nbytes), f"{100 * nbytes / total:.1f} %")
     table.add_section()
-    table.add_row("peak allocated", units.format_bytes(total), f"{total:,} B")
+    for name, peak in prediction.peak.to_dict().items():
+        if peak is not None:
+            table.add_row(f"peak {name.removesuffix('_bytes')}", units.format_bytes(peak), f"{peak:,} B")
     console.out.print(table)
     fits = "fits" if prediction.fits else "does not fit"
     console.out.print(

@@ -122,9 +122,9 @@ def note_warnings(recipe: Recipe, eval_data: Path | None) -> None:
 def refuse_if_over(predicted: Prediction) -> None:
     """Raises DoesNotFitError before anything runs that would not fit."""
     if not predicted.fits:
-        missing = predicted.peak.allocated_bytes - predicted.budget_bytes
+        missing = predicted.peak.highest_bytes - predicted.budget_bytes
         raise DoesNotFitError(
-            f"{predicted.model}: this recipe needs {units.format_bytes(predicted.peak.allocated_bytes)}, "
+            f"{predicted.model}: this recipe needs {units.format_bytes(predicted.peak.highest_bytes)}, "
             f"{units.format_bytes(missing)} more than the {units.format_bytes(predicted.budget_bytes)} it may use; "
             f"ask for one that fits: brim plan {predicted.model} --device cpu --memory "
             f"{units.format_bytes(predicted.budget_bytes).replace(' ', '')}"

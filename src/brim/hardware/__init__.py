@@ -1,5 +1,6 @@
-"""What a recipe runs on: devices, found on this machine and measured."""
+"""What a recipe runs on: devices, found by name, or on this machine and measured."""
 
+from brim.hardware.catalogue import Accelerator, accelerators, find
 from brim.hardware.device import Device, DeviceKind, MatmulFormat
 
-__all__ = ["Device", "DeviceKind", "MatmulFormat"]
+__all__ = ["Accelerator", "Device", "DeviceKind", "MatmulFormat", "accelerators", "find"]

@@ -26,6 +26,18 @@ class Device:
     """Achievable traffic, reads and writes added."""
     cores: int
     """Cores that this process may use; 0 for an accelerator."""
+    vendor: str = ""
+    """Of an accelerator: NVIDIA or AMD."""
+    compute_capability: str = ""
+    """`9.0`; AMD's own names (`gfx942`); empty for a processor."""
+    context_bytes: int | None = None
+    """CUDA context, where it was measured on such a device."""
+
+    @property
+    def compute_major(self) -> int | None:
+        """9 for `9.0`; None where the device has no CUDA compute capability."""
+        major = self.compute_capability.partition(".")[0]
+        return int(major) if major.isdigit() else None
 
     def capped(self, memory_bytes: int | None) -> "Device":
         """The same device with at most this memory; None leaves it as it is."""

@@ -78,6 +78,8 @@ def _cuda() -> Device:
         flops=rates.flops,
         bandwidth_bytes_per_s=rates.bandwidth_bytes_per_s,
         cores=0,
+        vendor="AMD" if torch.version.hip else "NVIDIA",
+        compute_capability=".".join(map(str, torch.cuda.get_device_capability())),
     )
 
 

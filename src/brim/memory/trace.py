@@ -1,5 +1,6 @@
 """`Trace`: allocations and frees in order, and the ledger at their worst moment."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from brim.report import LEDGER_LINES, Ledger
@@ -38,10 +39,19 @@ class Trace:
         self.live_bytes -= block.nbytes
         assert self.live_bytes >= 0, "more was freed than allocated"
 
+    @property
+    def events(self) -> Sequence[tuple[bool, Block]]:
+        """(allocated, block) in order; False is the block's end."""
+        return self._events
+
     def peak_ledger(self) -> Ledger:
         """Bytes by owner at the worst moment; each block counts for its last claimed owner."""
+        return self.ledger_at(self._peak_index)
+
+    def ledger_at(self, index: int) -> Ledger:
+        """Bytes by owner after the first `index` events."""
         lines = dict.fromkeys(LEDGER_LINES, 0)
-        for allocated, block in self._events[: self._peak_index]:
+        for allocated, block in self._events[:index]:
             lines[block.line] += block.nbytes if allocated else -block.nbytes
         return Ledger(**lines)
 

@@ -1,7 +1,10 @@
 """A recipe's prediction by closed form: microseconds, no torch, a wide band."""
 
+from dataclasses import replace
+
 from brim.hardware.device import Device
 from brim.memory import closed_form, rough
+from brim.memory.constants import context_bytes, cublas_workspace_bytes
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger, Peak, Prediction
@@ -17,13 +20,17 @@ def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
     else:
         ledger, error_band = rough.rough(spec, recipe), rough.ERROR_BAND
         reasons = (f"rough: no closed form for {spec.model_type}, {recipe.task}; a rehearsal is exact",)
+    on_gpu = device.kind == "cuda"
+    if on_gpu:
+        handles = 2 * cublas_workspace_bytes(device)  # forward's thread and backward's
+        ledger = replace(ledger, workspace=ledger.workspace + handles, context=context_bytes(device))
     seconds = step_time(spec, recipe, device)
     return Prediction(
         model=spec.name,
         recipe=recipe.to_dict(),
         device_name=device.name,
         budget_bytes=budget_bytes,
-        peak=Peak(allocated_bytes=ledger.total),
+        peak=Peak(allocated_bytes=ledger.total - ledger.context, device_bytes=ledger.total if on_gpu else None),
         ledger=ledger,
         step_time_s=seconds,
         tokens_per_s=tokens_per_s(recipe, seconds),
@@ -35,17 +42,17 @@ def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
 
 def lower_bound(prediction: Prediction) -> int:
     """Bytes: the least that the peak may turn out to be."""
-    return int(prediction.peak.allocated_bytes * (1 + prediction.error_band[0]))
+    return int(prediction.peak.highest_bytes * (1 + prediction.error_band[0]))
 
 
 def upper_bound(prediction: Prediction) -> int:
     """Bytes: the most that the peak may turn out to be; what `fits` compares with the budget."""
-    return int(prediction.peak.allocated_bytes * (1 + prediction.error_band[1])) + 1
+    return int(prediction.peak.highest_bytes * (1 + prediction.error_band[1])) + 1
 
 
 def excess(prediction: Prediction) -> str:
     """`needs 26.1 GiB, 2.10 GiB over: activations 12.4 GiB, weights 7.0 GiB`: why it does not fit."""
-    needed = prediction.peak.allocated_bytes
+    needed = prediction.peak.highest_bytes
     low, high = prediction.error_band
     over = needed - prediction.budget_bytes
     if over > 0:

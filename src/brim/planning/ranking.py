@@ -58,11 +58,11 @@ def _loses_updates(prediction: Prediction) -> bool:
 
 def _by_quality(prediction: Prediction) -> tuple[Any, ...]:
     loses = _loses_updates(prediction)
-    return (loses, loses and prediction.recipe["method"] == "full", prediction.peak.allocated_bytes, _text(prediction))
+    return (loses, loses and prediction.recipe["method"] == "full", prediction.peak.highest_bytes, _text(prediction))
 
 
 def _by_weight(prediction: Prediction) -> tuple[Any, ...]:
-    return (prediction.peak.allocated_bytes, -prediction.tokens_per_s, _text(prediction))
+    return (prediction.peak.highest_bytes, -prediction.tokens_per_s, _text(prediction))
 
 
 def _text(prediction: Prediction) -> str:

@@ -125,7 +125,7 @@ class _Trial:
         if len(self.fitting) < NUM_FINALISTS:
             return False
         # The lightest is proven only when no other can turn out lighter.
-        lightest = min(p.peak.allocated_bytes for p in self.fitting)
+        lightest = min(p.peak.highest_bytes for p in self.fitting)
         return goal == "fastest" or lower_bound(upcoming) > lightest
 
     def _same_kind_fits(self, prediction: Prediction) -> bool:
@@ -188,7 +188,7 @@ def ways_out(spec: ModelSpec, device: Device, constraints: Constraints, lightest
     ways = [f"--memory {-(-upper_bound(lightest) // 2**20)}MiB, if the machine has it"]
     if constraints.method == "full":
         adapters = _estimates(spec, device, replace(constraints, method="lora"), budget)
-        needed = min(p.peak.allocated_bytes for p in adapters)
+        needed = min(p.peak.highest_bytes for p in adapters)
         if any(p.fits for p in adapters):
             ways.append(f"--method lora (from about {format_bytes(needed)} on)")
     length = int(lightest.recipe["seq_len"]) // 2

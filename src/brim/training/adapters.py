@@ -24,7 +24,10 @@ _MAMBA_FAMILIES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
-    """`base` with adapters in the format of its weights (an FP32 copy of them is the optimizer's `master`)."""
+    """`base` with adapters in the format of its weights (an FP32 copy of them is the optimizer's `master`).
+
+    Or in FP32, where `library.adapters` says so.
+    """
     targets = recipe.lora.targets
     _check_targets(base, targets)
     config = LoraConfig(
@@ -42,7 +45,7 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         # transformers 5.23 renames its checkpointing methods; PEFT 0.21 still calls the old ones.
         warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
-        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
+        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=recipe.library.adapters == "fp32")
     return model
 
 

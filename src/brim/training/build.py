@@ -71,10 +71,11 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         recipe.optimizer,
         fp32_master=recipe.precision.master == "fp32" and recipe.precision.weights != "fp32",
+        fused=recipe.library.adamw == "fused",
     )
     owners.claim("optimizer", optimizer.tensors())
     owners.switch("workspace")
-    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked")
+    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library.loss)
     return Workload(recipe=recipe, model=model, base=base, head=head, optimizer=optimizer, device=torch.device(device))
 
 

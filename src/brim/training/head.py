@@ -13,6 +13,7 @@ from brim.errors import RecipeError
 from brim.layers.chunked_loss import IGNORED, Finish, chunked_cross_entropy
 from brim.memory import owners
 from brim.recipe import Task
+from brim.training.generations import generation_loss, litgpt_loss
 
 _CLASSIFIERS = ("score", "classifier", "classification_head", "logits_proj")
 """What families call a classifier's head."""
@@ -24,12 +25,15 @@ class OutputHead:
     Shapes: B rows, T tokens, H hidden size, V vocabulary, C classes.
     """
 
-    def __init__(self, base: PreTrainedModel, *, task: Task, chunked: bool) -> None:
+    def __init__(self, base: PreTrainedModel, *, task: Task, chunked: bool, library: str = "brim") -> None:
         if task == "sequence-classification":
             self.chunked = False
+            self._library = "brim"
             base.get_submodule(classifier_name(base)).register_forward_pre_hook(_watch)
             return
         self.chunked = chunked
+        self._base = base
+        self._library = library
         self._linear = base.get_output_embeddings()
         if not isinstance(self._linear, nn.Linear):
             raise RecipeError(
@@ -44,6 +48,8 @@ class OutputHead:
         Labels are BT (of tokens) or B (of rows). Call `backward` on the result itself: in chunked mode the head's
         gradient is there already.
         """
+        if self._library != "brim":
+            return self._by_library(model, inputs, labels, scale=scale)
         labels_N = labels.flatten()
         if not self.chunked:
             # One expression: a name for the logits would keep them alive through backward.
@@ -54,6 +60,16 @@ class OutputHead:
         hidden_NH = self.hidden_states(model, inputs).flatten(0, 1)
         owners.switch("loss")
         return chunked_cross_entropy(hidden_NH, self._linear, labels_N, scale=scale, finish=self._finish)
+
+    def _by_library(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor, *, scale: float) -> Tensor:
+        if self._library == "litgpt":
+            hidden_BTH = self.hidden_states(model, inputs)
+            owners.switch("loss")
+            return litgpt_loss(hidden_BTH, self._linear, labels_BT) * scale
+        total, held = generation_loss(self._library, self._base, model, inputs, labels_BT)
+        loss = total * scale
+        loss.held = held  # type: ignore[attr-defined]  # lives as long as the loss: through backward
+        return loss
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """hidden_BTH: what the model hands to its head, where it stops: nothing after the head runs on it."""

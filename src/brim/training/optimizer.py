@@ -1,7 +1,8 @@
 """AdamW over the trainable parameters, or over FP32 master copies of them.
 
-The arithmetic is `torch.optim.AdamW(fused=True)`: no temporaries. With master copies each parameter has an optimizer
-of its own, so that only one parameter's FP32 gradient exists at a time.
+The arithmetic is `torch.optim.AdamW(fused=True)`: no temporaries (on request `foreach=True`, with as many as there are
+parameters). With master copies each parameter has an optimizer of its own, so that only one parameter's FP32 gradient
+exists at a time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,13 +19,21 @@ _STEP = torch.zeros(())
 class AdamW:
     """Steps parameters from their gradients and frees the gradients."""
 
-    def __init__(self, parameters: list[nn.Parameter], settings: Optimizer, *, fp32_master: bool) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], settings: Optimizer, *, fp32_master: bool, fused: bool = True
+    ) -> None:
         self._parameters = parameters
         self._masters = [nn.Parameter(p.detach().float()) for p in parameters] if fp32_master else []
         groups = [[master] for master in self._masters] or [parameters]
         self._settings = settings
         self._optimizers = [
-            torch.optim.AdamW(group, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+            torch.optim.AdamW(
+                group,
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                fused=fused or None,
+                foreach=not fused or None,
+            )
             for group in groups
         ]
 

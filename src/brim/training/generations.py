@@ -1,0 +1,92 @@
+"""Losses as other libraries compute them, so that a run of theirs is rehearsed as it was run.
+
+Same loss value (theirs leave the last position of a row without a label), other memory. Shapes: B rows, T tokens,
+V vocabulary, H hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from brim.layers.chunked_loss import IGNORED
+
+Inputs = dict[str, Tensor]
+Loss = Callable[..., Tensor]
+
+
+def generation_loss(
+    name: str, base: PreTrainedModel, model: nn.Module, inputs: Inputs, labels_BT: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Summed cross-entropy by the named library, and what its users keep alive through backward (or None).
+
+    transformers-4.40 (to 4.45, modeling_mistral.py): logits rebound to FP32, copied for the shift.
+    transformers-4.46 (to 4.48, loss/loss_utils.py, ForCausalLMLoss): the same, while the caller holds the 16-bit ones.
+    transformers-4.50 (and later): labels are shifted instead.
+    held: transformers-4.50, with the model's output bound to a name while backward runs.
+    fast-ce: transformers-4.46 with a kernel that writes the gradient over the logits (unsloth, fms-acceleration).
+    """
+    if name == "transformers-4.40":
+        logits_BTV = model(**inputs).logits
+        logits_BTV = logits_BTV.float()
+        return _shifted_logits(logits_BTV, labels_BT, _cross_entropy), None
+    losses: dict[str, Loss] = {
+        "transformers-4.46": lambda logits, labels: _shifted_logits(logits.float(), labels, _cross_entropy),
+        "transformers-4.50": lambda logits, labels: _cross_entropy(logits.float().flatten(0, 1), labels.flatten()),
+        "fast-ce": lambda logits, labels: _shifted_logits(logits.float(), labels, _FastCrossEntropy.apply),
+    }
+    losses["held"] = losses["transformers-4.50"]
+
+    def loss_function(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        return losses[name](logits, labels)
+
+    previous = base.loss_function
+    base.loss_function = loss_function
+    try:
+        output = model(**inputs, labels=labels_BT)
+    finally:
+        base.loss_function = previous
+    return output.loss, output.logits if name == "held" else None
+
+
+def litgpt_loss(hidden_BTH: Tensor, head: nn.Linear, labels_BT: Tensor, chunk_tokens: int = 128) -> Tensor:
+    """litgpt@26857050, utils.py chunked_cross_entropy: logits stay, 128 tokens at a time, in the head's own format."""
+    chunks = [head(hidden) for hidden in hidden_BTH.split(chunk_tokens, dim=1)]
+    labels = labels_BT.split(chunk_tokens, dim=1)
+    losses = [
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        for logits, targets in zip(chunks, labels, strict=True)
+    ]
+    return torch.cat(losses).float().sum()
+
+
+def _shifted_logits(logits_BTV: Tensor, labels_BT: Tensor, cross_entropy: Loss) -> Tensor:
+    shifted_BTV = logits_BTV[..., :-1, :].contiguous()
+    return cross_entropy(shifted_BTV.flatten(0, 1), labels_BT[..., :-1].flatten())
+
+
+def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="sum")
+
+
+class _FastCrossEntropy(torch.autograd.Function):
+    """Keeps the logits and a log-sum-exp; backward turns the logits into their gradient in place."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+        lse_N = torch.logsumexp(logits_NV, dim=-1)
+        known_N = labels_N != IGNORED
+        chosen_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0]
+        ctx.save_for_backward(logits_NV, lse_N, labels_N)
+        return ((lse_N - chosen_N) * known_N).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits_NV, lse_N, labels_N = ctx.saved_tensors
+        logits_NV = logits_NV.detach()  # written over: nobody reads the logits again
+        logits_NV.sub_(lse_N[:, None]).exp_()
+        logits_NV.scatter_add_(1, labels_N.clamp(min=0)[:, None], -torch.ones_like(lse_N)[:, None])
+        return logits_NV.mul_((gradients[0] * (labels_N != IGNORED))[:, None]), None

@@ -1,0 +1,44 @@
+"""Losses of other libraries compute what Brim's own computes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from brim.models import ModelSpec
+from brim.recipe import Recipe
+from brim.training.batches import synthetic_batch
+from brim.training.build import build
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64,
+}  # fmt: skip
+SPEC = ModelSpec(name="llama", kind="directory", config=CONFIG, num_parameters=1, tied_head=False)
+
+
+def loss_and_gradients(library: str) -> tuple[Tensor, list[Tensor]]:
+    """Of one batch whose last positions have no label (theirs never score them), FP32, the same weights each time."""
+    torch.manual_seed(0)
+    recipe = Recipe(model="llama", seq_len=16, micro_batch_size=3).with_settings(
+        ["precision.weights=fp32", "precision.compute=fp32", f"library.loss={library}"]
+    )
+    workload = build(recipe, SPEC)
+    batch = synthetic_batch(recipe, SPEC)
+    batch.labels[:, -1] = -100
+    batch.labels[0, 3] = -100
+    loss = workload.head.loss(workload.model, {"input_ids": batch.input_ids}, batch.labels, scale=0.1)
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in workload.model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize(
+    "library", ["transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "fast-ce", "litgpt"]
+)
+def test_a_library_loss_is_the_loss(library: str) -> None:
+    """Value and every gradient equal those of Brim's own loss: only memory differs."""
+    ours, our_gradients = loss_and_gradients("brim")
+    theirs, their_gradients = loss_and_gradients(library)
+    torch.testing.assert_close(theirs, ours)
+    assert len(their_gradients) == len(our_gradients)
+    for theirs_, ours_ in zip(their_gradients, our_gradients, strict=True):
+        torch.testing.assert_close(theirs_, ours_, rtol=1e-4, atol=1e-6)
