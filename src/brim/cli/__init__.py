@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 import brim
 from brim import errors
 from brim.cli import console, demo, evaluate, formats, generate, plan, predict, quantize, tune
+from brim.cli.quiet import quiet_torch
 
 INTERRUPTED = 130
 
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An error the user can mend is one line on stderr; one of ours keeps its traceback.
     """
+    quiet_torch()
     try:
         result = _invoke(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()

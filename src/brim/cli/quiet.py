@@ -5,14 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """transformers' log and progress bars are off in the block, and torch's C++ notes from its first import on.
+def quiet_torch() -> None:
+    """torch's C++ notes are off from its first import on, so this comes before any.
 
     The note meant: PyTorch 2.13's profiler tells of memory that was allocated before it started
-    (c10/core/CPUAllocator.cpp), once a process; delete the variable when it no longer does.
+    (c10/core/CPUAllocator.cpp), once a process; delete this when it no longer does.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """transformers' log and progress bars are off in the block."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
