@@ -14,6 +14,7 @@ from brim.models import ModelSpec
 from brim.models.skeleton import load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
+from brim.training.fused_norm import fuse_norms
 from brim.training.head import OutputHead
 from brim.training.optimizer import AdamW
 
@@ -56,6 +57,8 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     owners.switch("weights")
     base = _model(recipe, spec, weights, torch.device(device))
     base.config.use_cache = False
+    if recipe.library.norm == "fused":
+        fuse_norms(base)
     model: nn.Module = base
     if recipe.method == "lora":
         model = add_lora(base, recipe)
@@ -73,7 +76,7 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     )
     owners.claim("optimizer", optimizer.tensors())
     owners.switch("workspace")
-    head = OutputHead(base, chunked=recipe.memory.loss == "chunked", library=recipe.library.loss)
+    head = OutputHead(base, chunked=recipe.memory.loss == "chunked", library=recipe.library)
     return Workload(recipe=recipe, model=model, base=base, head=head, optimizer=optimizer, device=torch.device(device))
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from brim.errors import RecipeError
 from brim.layers.chunked_loss import IGNORED, Finish, chunked_cross_entropy
 from brim.memory import owners
+from brim.recipe import Library
 from brim.training.generations import generation_loss, litgpt_loss
 
 
@@ -24,10 +25,10 @@ class OutputHead:
     Shapes: B rows, T tokens, H hidden size, V vocabulary.
     """
 
-    def __init__(self, base: PreTrainedModel, *, chunked: bool, library: str = "brim") -> None:
+    def __init__(self, base: PreTrainedModel, *, chunked: bool, library: Library | None = None) -> None:
         self.chunked = chunked
         self._base = base
-        self._library = library
+        self._library = library or Library()
         self._linear = base.get_output_embeddings()
         if not isinstance(self._linear, nn.Linear):
             raise RecipeError(
@@ -41,7 +42,7 @@ class OutputHead:
 
         Call `backward` on the result itself: in chunked mode the head's gradient is there already.
         """
-        if self._library != "brim":
+        if self._library.loss != "brim":
             return self._by_library(model, inputs, labels_BT, scale=scale)
         labels_N = labels_BT.flatten()
         if not self.chunked:
@@ -55,11 +56,18 @@ class OutputHead:
         return chunked_cross_entropy(hidden_NH, self._linear, labels_N, scale=scale, finish=self._finish)
 
     def _by_library(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor, *, scale: float) -> Tensor:
-        if self._library == "litgpt":
+        if self._library.loss == "litgpt":
             hidden_BTH = self.hidden_states(model, inputs)
             owners.switch("loss")
             return litgpt_loss(hidden_BTH, self._linear, labels_BT) * scale
-        total, held = generation_loss(self._library, self._base, model, inputs, labels_BT)
+        total, held = generation_loss(
+            self._library.loss,
+            self._base,
+            model,
+            inputs,
+            labels_BT,
+            in_place=self._library.cross_entropy == "in-place",
+        )
         loss = total * scale
         loss.held = held  # type: ignore[attr-defined]  # lives as long as the loss: through backward
         return loss
