@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Twice quiet: warnings about an index that lacks one package and has the next are noise; errors still show.
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench exactness pins clean
+.PHONY: demo test check bench exactness accuracy pins clean
 
 demo: $(READY)
 	$(VENV)/bin/brim demo
@@ -24,6 +24,12 @@ bench: $(READY)
 # Every family x lever, rehearsed and run for real; writes docs/exactness.md. About a quarter of an hour.
 exactness: $(READY)
 	$(PY) benchmarks/exactness.py
+
+# Predictions against peaks that others published: ROWS another file of the same columns, OUT the summary as JSON;
+# DOCS=1 rewrites docs/accuracy.md, LEARN=1 the errors that prediction bands come from.
+accuracy: $(READY)
+	$(PY) -W ignore -m benchmarks.accuracy $(if $(ROWS),--rows $(ROWS)) $(if $(OUT),--out $(OUT)) \
+	  $(if $(DOCS),--docs docs/accuracy.md) $(if $(LEARN),--learn src/brim/memory/data/gpu_errors.csv)
 
 # Pin what is installed now, after trying new versions (CONTRIBUTING.md).
 pins: $(READY)

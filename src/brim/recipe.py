@@ -79,13 +79,17 @@ class Library:
     """Whose code runs: Brim's own, or other libraries' way of the same step, to compare with a run of theirs."""
 
     loss: Literal[
-        "brim", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "fast-ce", "litgpt"
+        "brim", "transformers-16bit", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "litgpt"
     ] = "brim"
     """What each holds is said in training/generations.py."""
+    cross_entropy: Literal["operators", "in-place"] = "operators"
+    """in-place: one kernel that writes the logits' gradient over them (unsloth, fms-acceleration)."""
     adamw: Literal["fused", "foreach"] = "fused"
     """foreach is PyTorch's default on a GPU: its temporaries are as large as the parameters."""
     adapters: Literal["weights", "fp32"] = "weights"
     """Format of adapters: of the weights, or FP32 (PEFT's `autocast_adapter_dtype`, its default)."""
+    norm: Literal["operators", "fused"] = "operators"
+    """fused: RMS norms keep their input as it is and one number a row, as Liger's and unsloth's kernels do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +186,8 @@ class Recipe:
             found.append(f'[lora] has no effect: method is "{self.method}"')
         if self.method != "qat" and self.qat != Qat():
             found.append(f'[qat] has no effect: method is "{self.method}"')
+        if self.library.loss in ("brim", "litgpt") and self.library.cross_entropy != "operators":
+            found.append(f'library.cross_entropy has no effect: library.loss is "{self.library.loss}"')
         if self.method != "lora" and self.library.adapters != "weights":
             found.append(f'library.adapters has no effect: method is "{self.method}"')
         if self.task != "seq2seq-lm" and self.target_seq_len:

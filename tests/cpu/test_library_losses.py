@@ -20,7 +20,7 @@ def loss_and_gradients(library: str) -> tuple[Tensor, list[Tensor]]:
     """Of one batch whose last positions have no label (theirs never score them), FP32, the same weights each time."""
     torch.manual_seed(0)
     recipe = Recipe(model="llama", seq_len=16, micro_batch_size=3).with_settings(
-        ["precision.weights=fp32", "precision.compute=fp32", f"library.loss={library}"]
+        ["precision.weights=fp32", "precision.compute=fp32", *(f"library.{setting}" for setting in library.split())]
     )
     workload = build(recipe, SPEC)
     batch = synthetic_batch(recipe, SPEC)
@@ -32,11 +32,21 @@ def loss_and_gradients(library: str) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "library", ["transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "fast-ce", "litgpt"]
+    "library",
+    [
+        "loss=transformers-4.40",
+        "loss=transformers-4.46",
+        "loss=transformers-4.46 cross_entropy=in-place",
+        "loss=transformers-4.50",
+        "loss=held",
+        "loss=litgpt",
+        "loss=transformers-16bit",
+        "loss=brim norm=fused",
+    ],
 )
 def test_a_library_loss_is_the_loss(library: str) -> None:
     """Value and every gradient equal those of Brim's own loss: only memory differs."""
-    ours, our_gradients = loss_and_gradients("brim")
+    ours, our_gradients = loss_and_gradients("loss=brim")
     theirs, their_gradients = loss_and_gradients(library)
     torch.testing.assert_close(theirs, ours)
     assert len(their_gradients) == len(our_gradients)

@@ -55,8 +55,8 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "foreach": ("library.adamw=foreach",),
     "lora, fp32 adapters": ("method=lora", "library.adapters=fp32"),
 }
-# not fast-ce: it stands for one kernel, and its form in operators has temporaries inside logsumexp
-LIBRARY_LOSSES = ("transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "litgpt")
+# without the in-place kernel: its form in operators has temporaries inside logsumexp
+LIBRARY_LOSSES = ("transformers-16bit", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "litgpt")
 
 pytestmark = [
     # transformers 5.23 renames its checkpointing methods; PEFT 0.21 still calls the old ones.

@@ -16,6 +16,7 @@ Source = Annotated[
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GPU that need not be here, as a100.")]
+Risk = Annotated[float, typer.Option(help="On a GPU: the share of published runs that may pass the upper bound.")]
 Memory = Annotated[str | None, typer.Option(help="Use at most this much, as 24GiB.")]
 Method = Annotated[str | None, typer.Option(help="full or lora.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens of a row.")]

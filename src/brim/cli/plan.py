@@ -24,6 +24,7 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Catalogue name, directory, Hub id or .gguf file.")],
     device: Annotated[str, typer.Option(help="cpu, or cuda for the GPU of this machine.")] = "cpu",
     gpu: options.GpuName = None,
+    risk: options.Risk = 0.02,
     memory: Annotated[
         str | None, typer.Option(help="Budget, as 2GiB. Default: what is free now.", show_default=False)
     ] = None,
@@ -55,7 +56,7 @@ def command(
     cap = parse_bytes(memory) if memory is not None else None
     try:
         found = options.device_of(device, gpu, cap)
-        result = _search(model, found, options.budget_of(found, cap), constraints, goal)
+        result = _search(model, found, options.budget_of(found, cap), risk, constraints, goal)
     except NothingFitsError as error:
         if json:
             console.print_json(error.plan.to_dict())
@@ -68,7 +69,7 @@ def command(
         _print(result, model, save)
 
 
-def _search(model: str, device: Device, budget: int, constraints: Constraints, goal: Goal) -> Plan:
+def _search(model: str, device: Device, budget: int, risk: float, constraints: Constraints, goal: Goal) -> Plan:
     spec = describe(model)
     from brim.rehearsal import rehearse
 
@@ -79,7 +80,7 @@ def _search(model: str, device: Device, budget: int, constraints: Constraints, g
             spec,
             device,
             budget_bytes=budget,
-            rehearse=lambda recipe: rehearse(spec, recipe, device=device, budget_bytes=budget),
+            rehearse=lambda recipe: rehearse(spec, recipe, device=device, budget_bytes=budget, risk=risk),
             constraints=constraints,
             goal=goal,
             progress=progress,

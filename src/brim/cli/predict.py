@@ -17,6 +17,7 @@ def command(
     source: options.Source,
     device: options.DeviceName = "cpu",
     gpu: options.GpuName = None,
+    risk: options.Risk = 0.02,
     memory: options.Memory = None,
     method: options.Method = None,
     seq_len: options.SeqLen = None,
@@ -34,7 +35,7 @@ def command(
     cap = None if memory is None else units.parse_bytes(memory)
     found = options.device_of(device, gpu, cap, quick=quick)
     budget = options.budget_of(found, cap)
-    prediction = _estimated(spec, recipe, found, budget) if quick else _rehearsed(spec, recipe, found, budget)
+    prediction = _estimated(spec, recipe, found, budget) if quick else _rehearsed(spec, recipe, found, budget, risk)
     picture.draw(
         plot,
         title=f"{prediction.model} on {prediction.device_name}",
@@ -54,10 +55,10 @@ def _estimated(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: in
     return estimate(spec, recipe, device=device, budget_bytes=budget_bytes)
 
 
-def _rehearsed(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: int) -> Prediction:
+def _rehearsed(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: int, risk: float) -> Prediction:
     from brim.rehearsal import rehearse
 
-    return rehearse(spec, recipe, device=device, budget_bytes=budget_bytes)
+    return rehearse(spec, recipe, device=device, budget_bytes=budget_bytes, risk=risk)
 
 
 def show(prediction: Prediction) -> None:
@@ -75,6 +76,11 @@ def show(prediction: Prediction) -> None:
         if peak is not None:
             table.add_row(f"peak {name.removesuffix('_bytes')}", units.format_bytes(peak), f"{peak:,} B")
     console.out.print(table)
+    if prediction.peak.device_bytes is not None:
+        low, high = (prediction.peak.highest_bytes * (1 + end) for end in prediction.error_band)
+        console.out.print(
+            f"between {units.format_bytes(int(low))} and {units.format_bytes(int(high))}, as published runs went"
+        )
     fits = "fits" if prediction.fits else "does not fit"
     console.out.print(
         f"{fits} in {units.format_bytes(prediction.budget_bytes)}; "

@@ -10,18 +10,18 @@
 Ignored: CUDA's own list of operators that autocast runs in FP32 (layer norm, softmax and powers more than a CPU's).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from brim.hardware import Device
 from brim.memory.constants import cublas_workspace_bytes
 from brim.memory.lifetimes import LifetimeMeter
+from brim.memory.trace import Trace
 
 _LARGEST_HEAD = 256
 """Elements of a head that FlashAttention takes."""
@@ -43,33 +43,28 @@ def cuda_kernels(device: Device, meter: LifetimeMeter) -> Iterator[None]:
     with (
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _attention(modern)),
         mock.patch("torch.nn.functional.dropout", _dropout),
-        CublasWorkspaces(cublas_workspace_bytes(device), meter),
+        mock.patch.object(meter, "before", CublasWorkspaces(cublas_workspace_bytes(device), meter.trace)),
     ):
         yield
 
 
-class CublasWorkspaces(TorchDispatchMode):
-    """Takes a workspace at the first matrix product of forward and at the first of backward, and keeps both."""
+class CublasWorkspaces:
+    """Takes a workspace at the first matrix product of forward and at the first of backward, and keeps both.
 
-    def __init__(self, nbytes: int, meter: LifetimeMeter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    A mode of its own would be one reference more than `fake.AccumulateInPlace` has counted: the meter calls it.
+    """
+
+    def __init__(self, nbytes: int, trace: Trace) -> None:
         self._nbytes = nbytes
-        self._meter = meter
+        self._trace = trace
         self._threads: set[bool] = set()
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __call__(self, func: object) -> None:
         if func in _PRODUCTS:
             backward = torch._C._current_graph_task_id() != -1
             if backward not in self._threads:
                 self._threads.add(backward)
-                self._meter.trace.allocate(self._nbytes, "workspace")
-        return func(*args, **(kwargs or {}))
+                self._trace.allocate(self._nbytes, "workspace")
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -103,6 +98,8 @@ def _attention(modern: bool) -> Callable[..., Tensor]:
         enable_gqa: bool = False,
     ) -> Tensor:
         """The kernel that CUDA's `scaled_dot_product_attention` chooses (aten/native/transformers/cuda/sdp_utils)."""
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
         half = query.dtype in (torch.bfloat16, torch.float16)
         small_head = query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
         flash = modern and half and attn_mask is None and small_head

@@ -186,6 +186,8 @@ class AccumulateInPlace(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # two of three calls are this question; the modes below add nothing to it
         if func is torch.ops.aten.add.Tensor and _called_by_autograd():
             held = (sys.getrefcount(args[0]), args[0]._use_count(), _storage_holders(args[0]))
             if self._calibrating:

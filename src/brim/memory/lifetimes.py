@@ -21,6 +21,8 @@ class LifetimeMeter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
+        self.before: Callable[[Any], None] | None = None
+        """Told each operator before it runs; None: nobody asks."""
         self._line = "workspace"
         self._blocks: dict[int, Block] = {}
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -32,6 +34,8 @@ class LifetimeMeter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if self.before is not None:
+            self.before(func)
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.see(out)

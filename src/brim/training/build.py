@@ -14,6 +14,7 @@ from brim.models import ModelSpec
 from brim.models.skeleton import attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
+from brim.training.fused_norm import fuse_norms
 from brim.training.head import OutputHead
 from brim.training.optimizer import AdamW
 
@@ -58,6 +59,8 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     base.config.use_cache = False
     if recipe.task == "sequence-classification" and base.config.pad_token_id is None:
         base.config.pad_token_id = 0  # some look for it, to find each row's last token; data brings its own
+    if recipe.library.norm == "fused":
+        fuse_norms(base)
     model: nn.Module = base
     if recipe.method == "lora":
         model = add_lora(base, recipe)
@@ -75,7 +78,7 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     )
     owners.claim("optimizer", optimizer.tensors())
     owners.switch("workspace")
-    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library.loss)
+    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
     return Workload(recipe=recipe, model=model, base=base, head=head, optimizer=optimizer, device=torch.device(device))
 
 

@@ -19,29 +19,29 @@ Loss = Callable[..., Tensor]
 
 
 def generation_loss(
-    name: str, base: PreTrainedModel, model: nn.Module, inputs: Inputs, labels_BT: Tensor
+    name: str, base: PreTrainedModel, model: nn.Module, inputs: Inputs, labels_BT: Tensor, *, in_place: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Summed cross-entropy by the named library, and what its users keep alive through backward (or None).
 
-    transformers-4.40 (to 4.45, modeling_mistral.py): logits rebound to FP32, copied for the shift.
-    transformers-4.46 (to 4.48, loss/loss_utils.py, ForCausalLMLoss): the same, while the caller holds the 16-bit ones.
+    transformers-16bit: logits copied for the shift and never upcast (modeling_gpt2.py, modeling_gpt_bigcode.py, 4.x).
+    transformers-4.40: logits rebound to FP32, copied for the shift (modeling_mistral.py to 4.45; modeling_granite.py).
+    transformers-4.46: the same, while the caller holds the 16-bit ones (loss/loss_utils.py, ForCausalLMLoss, to 4.49).
     transformers-4.50 (and later): labels are shifted instead.
     held: transformers-4.50, with the model's output bound to a name while backward runs.
-    fast-ce: transformers-4.46 with a kernel that writes the gradient over the logits (unsloth, fms-acceleration).
+
+    `in_place`: a kernel keeps the logits alone and writes their gradient over them (unsloth, fms-acceleration).
     """
-    if name == "transformers-4.40":
+    cross_entropy: Loss = _FastCrossEntropy.apply if in_place else _cross_entropy
+    if name in ("transformers-16bit", "transformers-4.40"):
         logits_BTV = model(**inputs).logits
-        logits_BTV = logits_BTV.float()
-        return _shifted_logits(logits_BTV, labels_BT, _cross_entropy), None
-    losses: dict[str, Loss] = {
-        "transformers-4.46": lambda logits, labels: _shifted_logits(logits.float(), labels, _cross_entropy),
-        "transformers-4.50": lambda logits, labels: _cross_entropy(logits.float().flatten(0, 1), labels.flatten()),
-        "fast-ce": lambda logits, labels: _shifted_logits(logits.float(), labels, _FastCrossEntropy.apply),
-    }
-    losses["held"] = losses["transformers-4.50"]
+        if name == "transformers-4.40":
+            logits_BTV = logits_BTV.float()
+        return _shifted_logits(logits_BTV, labels_BT, cross_entropy).float(), None
 
     def loss_function(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
-        return losses[name](logits, labels)
+        if name == "transformers-4.46":
+            return _shifted_logits(logits.float(), labels, cross_entropy)
+        return cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     previous = base.loss_function
     base.loss_function = loss_function

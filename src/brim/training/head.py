@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from brim.errors import RecipeError
 from brim.layers.chunked_loss import IGNORED, Finish, chunked_cross_entropy
 from brim.memory import owners
-from brim.recipe import Task
+from brim.recipe import Library, Task
 from brim.training.generations import generation_loss, litgpt_loss
 
 _CLASSIFIERS = ("score", "classifier", "classification_head", "logits_proj")
@@ -25,15 +25,15 @@ class OutputHead:
     Shapes: B rows, T tokens, H hidden size, V vocabulary, C classes.
     """
 
-    def __init__(self, base: PreTrainedModel, *, task: Task, chunked: bool, library: str = "brim") -> None:
+    def __init__(self, base: PreTrainedModel, *, task: Task, chunked: bool, library: Library | None = None) -> None:
         if task == "sequence-classification":
             self.chunked = False
-            self._library = "brim"
+            self._library = Library()
             base.get_submodule(classifier_name(base)).register_forward_pre_hook(_watch)
             return
         self.chunked = chunked
         self._base = base
-        self._library = library
+        self._library = library or Library()
         self._linear = base.get_output_embeddings()
         if not isinstance(self._linear, nn.Linear):
             raise RecipeError(
@@ -48,7 +48,7 @@ class OutputHead:
         Labels are BT (of tokens) or B (of rows). Call `backward` on the result itself: in chunked mode the head's
         gradient is there already.
         """
-        if self._library != "brim":
+        if self._library.loss != "brim":
             return self._by_library(model, inputs, labels, scale=scale)
         labels_N = labels.flatten()
         if not self.chunked:
@@ -62,11 +62,18 @@ class OutputHead:
         return chunked_cross_entropy(hidden_NH, self._linear, labels_N, scale=scale, finish=self._finish)
 
     def _by_library(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor, *, scale: float) -> Tensor:
-        if self._library == "litgpt":
+        if self._library.loss == "litgpt":
             hidden_BTH = self.hidden_states(model, inputs)
             owners.switch("loss")
             return litgpt_loss(hidden_BTH, self._linear, labels_BT) * scale
-        total, held = generation_loss(self._library, self._base, model, inputs, labels_BT)
+        total, held = generation_loss(
+            self._library.loss,
+            self._base,
+            model,
+            inputs,
+            labels_BT,
+            in_place=self._library.cross_entropy == "in-place",
+        )
         loss = total * scale
         loss.held = held  # type: ignore[attr-defined]  # lives as long as the loss: through backward
         return loss

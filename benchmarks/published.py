@@ -1,0 +1,236 @@
+"""A published row -> the recipe that it ran and the device it ran on, or what is missing to say so.
+
+Each column has one function. What the trainer cannot run yet raises `Missing`; when a lever lands, its function gives
+settings instead.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from brim.errors import BrimError
+from brim.hardware import Device, find
+from brim.models import ModelSpec, catalogue, describe
+from brim.recipe import Recipe
+
+DATA = Path(__file__).parent / "data"
+Row = Mapping[str, str]
+
+_UNITS = {"bytes": 1, "MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}
+_SAME_ARCHITECTURE = {
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "unsloth/Mistral-7B-v0.2": "mistralai/Mistral-7B-v0.1",
+    "mistral-community/Mistral-7B-v0.2": "mistralai/Mistral-7B-v0.1",
+    "meta-llama/Meta-Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
+    "meta-llama/Llama-3.2-3B-Instruct": "meta-llama/Llama-3.2-3B",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": "mistralai/Mixtral-8x7B-v0.1",
+    "01-ai/Yi-34B-Chat": "01-ai/Yi-34B",
+}
+_DEVICES = {"": "a100", "A100": "a100", "H100 96GB (HBM2e)": "h100", "V100-SXM2-16GB": "v100"}
+_PROJECTIONS = {
+    "llama": {"q": ["q_proj"], "k": ["k_proj"], "v": ["v_proj"], "o": ["o_proj"], "output_proj": ["o_proj"],
+              "mlp": ["gate_proj", "up_proj", "down_proj"], "up": ["up_proj"], "down": ["down_proj"]},
+    # litgpt adapts parts of a fused matrix; transformers' Falcon has one matrix for q, k and v
+    "falcon": {"q": ["query_key_value"], "k": ["query_key_value"], "v": ["query_key_value"], "o": ["dense"]},
+    "qwen": {"c_attn": ["q_proj", "k_proj", "v_proj"], "c_proj": ["o_proj", "down_proj"], "w1": ["up_proj"],
+             "w2": ["gate_proj"]},
+}  # fmt: skip
+
+
+class Missing(Exception):
+    """The row cannot be expressed; the text says what is missing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What a row ran."""
+
+    spec: ModelSpec
+    recipe: Recipe
+    device: Device
+
+
+def read(path: Path) -> list[Row]:
+    """Rows that say all that a rehearsal needs."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["well_specified"] == "yes"]
+
+
+def measured_bytes(row: Row) -> int:
+    # a few programs print GiB and call them GB; the row's notes say so
+    unit = "GiB" if "GiB printed as GB" in row["notes"] else row["unit"]
+    return round(float(row["peak_memory_value"]) * _UNITS[unit])
+
+
+def case_of(row: Row) -> Case:
+    """Raises Missing."""
+    columns: tuple[Callable[[Row], list[str]], ...] = (
+        _task, _parallel, _quantization, _method, _precision, _optimizer, _checkpointing, _attention, _loss, _compile,
+        _batch,
+    )  # fmt: skip
+    settings = [setting for column in columns for setting in column(row)]
+    spec = spec_of(row["model"])
+    if row["attention"].startswith("flash"):
+        # FlashAttention takes a window as a number; without this a mask is built for torch's own kernels
+        spec = replace(spec, config={**spec.config, "sliding_window": None})
+    try:
+        recipe = Recipe(model=row["model"]).with_settings(settings)
+    except BrimError as error:
+        raise Missing(str(error)) from None
+    return Case(spec=spec, recipe=recipe, device=device_of(row["gpu"]))
+
+
+@cache
+def spec_of(model: str) -> ModelSpec:
+    name = _SAME_ARCHITECTURE.get(model, model)
+    others = json.loads((DATA / "architectures.json").read_text(encoding="utf-8"))
+    if name in others:
+        facts = others[name]
+        return ModelSpec(
+            name=model,
+            kind="directory",
+            config=facts["config"],
+            num_parameters=facts["num_parameters"],
+            tied_head=facts["tied_head"],
+        )
+    if catalogue.find(name) is None:
+        raise Missing(f"model {model} is not in the catalogue")
+    return describe(name)
+
+
+def device_of(gpu: str) -> Device:
+    try:
+        return find(_DEVICES.get(gpu, gpu))
+    except BrimError as error:
+        raise Missing(str(error)) from None
+
+
+def _task(row: Row) -> list[str]:
+    if row["task"] == "inference" or "prefill" in row["method"]:
+        raise Missing("inference")
+    if "sequence classification" in row["method"]:
+        raise Missing("task: sequence classification")
+    return []
+
+
+def _parallel(row: Row) -> list[str]:
+    if row["parallelism"] != "none" or row["n_gpus"] not in ("1", ""):
+        raise Missing(f"sharding: {row['parallelism'].split()[0].rstrip('0123456789')}")
+    return []
+
+
+def _quantization(row: Row) -> list[str]:
+    if row["quant"] not in ("none", ""):
+        raise Missing(f"quantized base: {row['quant']}")
+    return []
+
+
+def _method(row: Row) -> list[str]:
+    if row["method"] not in ("full", "lora"):
+        raise Missing(f"method: {row['method']}")
+    if row["method"] == "full":
+        return ["method=full"]
+    names = json.dumps(_targets(row))
+    adapters = "weights" if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") else "fp32"
+    return ["method=lora", f"lora.rank={row['lora_rank']}", f"lora.targets={names}", f"library.adapters={adapters}"]
+
+
+def _targets(row: Row) -> list[str]:
+    text, family = row["lora_targets"], "llama"
+    if "falcon" in row["model"].casefold():
+        family = "falcon"
+    if row["model"].startswith("Qwen/Qwen-"):
+        family = "qwen"
+    if text.startswith("DEFAULT (qkv"):
+        text = {"qwen": "c_attn"}.get(family, "q+k+v")
+    if text.startswith(("all linear", "ALL")):
+        return ["all-linear"]
+    if "lm_head" in text:
+        raise Missing("adapter on the output head")
+    known = _PROJECTIONS[family]
+    parts = text.split("+")
+    if unknown := [part for part in parts if part not in known]:
+        raise Missing(f"lora targets: {', '.join(unknown)}")
+    return list(dict.fromkeys(name for part in parts for name in known[part]))
+
+
+def _precision(row: Row) -> list[str]:
+    """FP16 takes BF16's bytes; loss scaling adds a scalar."""
+    weights = {"bf16": "bf16", "fp16": "bf16", "fp32": "fp32"}.get(row["weight_dtype"].casefold())
+    half = re.match(r"(bf16|fp16)", row["compute_dtype"].casefold()) is not None
+    if weights is None or not (half or row["compute_dtype"].casefold() == "fp32"):
+        raise Missing(f"precision: {row['weight_dtype']} weights, {row['compute_dtype']} compute")
+    return [f"precision.weights={weights}", f"precision.compute={'bf16' if half else 'fp32'}"]
+
+
+def _optimizer(row: Row) -> list[str]:
+    if not re.match(r"adamw($| \((torch|adamw_torch|HF Trainer|swift))", row["optimizer"], flags=re.IGNORECASE):
+        raise Missing(f"optimizer: {row['optimizer']}")
+    return ["library.adamw=foreach"]
+
+
+def _checkpointing(row: Row) -> list[str]:
+    text = row["activation_checkpointing"]
+    if text not in ("none", "full", "full (use_reentrant=False)"):
+        raise Missing(f"activation checkpointing: {text or 'not said'}")
+    return [f"memory.activation_checkpointing={text.split()[0]}"]
+
+
+def _attention(row: Row) -> list[str]:
+    """`flash` is rehearsed as torch's own kernel of the same algorithm."""
+    if row["attention"] == "eager":
+        return ["memory.attention=eager"]
+    if not row["attention"].startswith(("sdpa", "flash")):
+        raise Missing(f"attention: {row['attention'] or 'not said'}")
+    return []
+
+
+def _loss(row: Row) -> list[str]:
+    text, source = row["fused_or_chunked_loss"], row["source_repo_or_paper"]
+    if source.startswith("Lightning-AI/litgpt"):
+        return ["library.loss=litgpt"]
+    if source.startswith("PyPI vramcalc"):
+        return ["library.loss=held"]
+    if text == "CEWithChunkedOutputLoss":
+        return ["memory.loss=chunked"]
+    if text.startswith("fused linear CE"):
+        return ["memory.loss=chunked", "library.norm=fused"]
+    loss = f"library.loss={_transformers_of(row)}"
+    if text.startswith("fast CE"):
+        return [loss, "library.cross_entropy=in-place", "library.norm=fused"]
+    if text in ("no", ""):
+        return [loss]
+    raise Missing(f"loss: {text}")
+
+
+def _transformers_of(row: Row) -> str:
+    """Whose loss ran. fms-acceleration: 4.46 at first, where Granite and GPT-BigCode still had their own; the file
+    with Liger came a year later."""
+    if not row["source_repo_or_paper"].startswith("foundation-model-stack"):
+        return "transformers-4.40"
+    if row["source_path_or_url"].endswith("_liger.csv"):
+        return "transformers-4.50"
+    own = {"ibm/PowerLM-3b": "transformers-4.40", "bigcode/gpt_bigcode-santacoder": "transformers-16bit"}
+    return own.get(row["model"], "transformers-4.46")
+
+
+def _compile(row: Row) -> list[str]:
+    if row["compile"] == "yes":
+        raise Missing("torch.compile")
+    return []
+
+
+def _batch(row: Row) -> list[str]:
+    """Two micro-batches take as much as any more. vramcalc keeps zeroed gradients, as accumulation does."""
+    accumulation = min(2, int(row["grad_accum"] or 1))
+    if "set_to_none=False" in row["notes"]:
+        accumulation = 2
+    return [
+        f"micro_batch_size={row['micro_batch_size']}",
+        f"grad_accumulation={accumulation}",
+        f"seq_len={row['seq_len']}",
+    ]

@@ -1,0 +1,103 @@
+"""Errors of predictions against published peaks, summed up."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, median
+
+from benchmarks.published import Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One row that could be predicted."""
+
+    row: Row
+    predicted_bytes: int
+    measured_bytes: int
+    error: float
+    """predicted / measured - 1."""
+    kind_of_run: str
+    card_bytes: int
+    peers: Mapping[str, int]
+    """What other tools' rules say, bytes by tool."""
+
+    @property
+    def source(self) -> str:
+        return self.row["source_repo_or_paper"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    rows: int
+    median: float
+    """Of the absolute error."""
+    p90: float
+    bias: float
+    """Median of the signed error."""
+    under: float
+    """Share of rows predicted below what was measured."""
+
+
+def summarize(errors: Sequence[float]) -> Summary:
+    sizes = sorted(abs(error) for error in errors)
+    return Summary(
+        rows=len(errors),
+        median=median(sizes),
+        p90=sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))],
+        bias=median(errors),
+        under=fmean(error < 0 for error in errors),
+    )
+
+
+def macro_average(summaries: Iterable[Summary]) -> Summary:
+    """Each source counts once, however many rows it has."""
+    parts = list(summaries)
+    return Summary(
+        rows=sum(part.rows for part in parts),
+        median=fmean(part.median for part in parts),
+        p90=fmean(part.p90 for part in parts),
+        bias=fmean(part.bias for part in parts),
+        under=fmean(part.under for part in parts),
+    )
+
+
+def by_kind(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Summary]]:
+    """Memory kind -> source -> summary; under "all" every row, under "macro" the mean of the sources."""
+    found: dict[str, dict[str, Summary]] = {}
+    for kind in sorted({outcome.row["memory_kind"] for outcome in outcomes}):
+        rows = [outcome for outcome in outcomes if outcome.row["memory_kind"] == kind]
+        sources = {
+            source: summarize([outcome.error for outcome in rows if outcome.source == source])
+            for source in sorted({outcome.source for outcome in rows})
+        }
+        found[kind] = {
+            **sources,
+            "all": summarize([outcome.error for outcome in rows]),
+            "macro": macro_average(sources.values()),
+        }
+    return found
+
+
+def to_dict(summaries: Mapping[str, Mapping[str, Summary]]) -> dict[str, dict[str, float]]:
+    return {kind: asdict(parts["all"]) for kind, parts in summaries.items()}
+
+
+def reason(outcome: Outcome) -> str:
+    """What is known to be modelled otherwise than it ran; it explains, it does not excuse."""
+    row, source = outcome.row, outcome.source
+    if (
+        outcome.row["memory_kind"] in ("nvidia-smi", "unspecified")
+        and outcome.measured_bytes > 0.88 * outcome.card_bytes
+    ):
+        return "the card is nearly full: when cached segments go back depends on what the driver and others hold"
+    if source.startswith("modelscope"):
+        return "rows are truncated, not packed: many are shorter than max_length, and the longest are rare"
+    if source.startswith("QwenLM"):
+        return "which counter was read is not said; Qwen's own model code, rehearsed as Qwen2"
+    if source.startswith("Lightning-AI"):
+        return "litgpt's own model code (one matrix for q, k, v; no FP32 norms kept), rehearsed as transformers'"
+    if row["memory_kind"] == "nvidia-smi":
+        return "reserved depends on the order of every allocation since the start: loading, warm-up and evaluation too"
+    if "autocast" in row["compute_dtype"]:
+        return "CUDA's autocast runs more operators in FP32 than a CPU's"
+    return "not explained"

@@ -1,0 +1,43 @@
+"""How far predictions for GPUs were from published peaks, and the band that follows. No torch.
+
+The errors are those of `make accuracy` (data/gpu_errors.csv), by kind of run: method, and whose model code ran.
+"""
+
+import csv
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+
+from brim.errors import UsageError
+from brim.recipe import Recipe
+
+DEFAULT_RISK = 0.02
+
+
+def gpu_band(recipe: Recipe, *, risk: float = DEFAULT_RISK) -> tuple[float, float]:
+    """Relative (low, high): at most this share of published rows of the kind lie above their upper bound.
+
+    And as many below the lower. The band always holds 0: few rows say little. Raises UsageError for a risk out of
+    range.
+    """
+    if not 0 <= risk < 0.5:
+        raise UsageError(f"--risk {risk} is not a share from 0 to 0.5; write for example 0.02")
+    errors = _errors()[kind_of_run(recipe)]
+    outside = int(risk * len(errors))
+    return min(0.0, errors[outside]), max(0.0, errors[-1 - outside])
+
+
+def kind_of_run(recipe: Recipe) -> str:
+    """`full, transformers`: what the errors are sorted by."""
+    code = "litgpt" if recipe.library.loss == "litgpt" else "transformers"
+    return f"{'full' if recipe.method == 'full' else 'lora'}, {code}"
+
+
+@cache
+def _errors() -> Mapping[str, list[float]]:
+    """Kind of run -> measured / predicted - 1, ascending."""
+    text = resources.files("brim.memory").joinpath("data", "gpu_errors.csv").read_text(encoding="utf-8")
+    found: dict[str, list[float]] = {}
+    for row in csv.DictReader(text.splitlines()):
+        found.setdefault(row["kind_of_run"], []).append(float(row["error"]))
+    return {kind: sorted(errors) for kind, errors in found.items()}

@@ -1,0 +1,79 @@
+"""Published rows as recipes: every row is expressed or named as missing something, and sums are sums."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from benchmarks.published import DATA, Missing, Row, case_of, measured_bytes, read
+from benchmarks.summary import macro_average, summarize
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brim.errors import UsageError
+from brim.memory.bands import gpu_band, kind_of_run
+from brim.recipe import Recipe
+from brim.units import GIB
+
+ROWS = read(DATA / "published_peaks.csv")
+RECIPE = Recipe(model="smollm2-135m")
+
+
+def test_no_row_is_dropped_in_silence() -> None:
+    """Each row becomes a recipe with its own batch and length, or raises what is missing; most say the same few."""
+    missing: Counter[str] = Counter()
+    expressed = 0
+    for row in ROWS:
+        try:
+            recipe = case_of(row).recipe
+        except Missing as lack:
+            assert str(lack)
+            missing[str(lack)] += 1
+            continue
+        expressed += 1
+        assert recipe.micro_batch_size == int(row["micro_batch_size"])
+        assert recipe.seq_len == int(row["seq_len"])
+        assert recipe.method == row["method"]
+    assert expressed + sum(missing.values()) == len(ROWS)
+    assert expressed >= 100
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "notes", "nbytes"),
+    [
+        ("72434837504", "bytes", "", 72434837504),
+        ("1", "GB", "", 10**9),
+        ("1", "GB", "reserved, GiB printed as GB", GIB),
+        ("1.5", "GiB", "", 3 * GIB // 2),
+    ],
+)
+def test_units_are_read_as_they_were_meant(value: str, unit: str, notes: str, nbytes: int) -> None:
+    """GB is 10^9 and GiB 2^30, unless the row's notes say that the program confused them."""
+    row: Row = {"peak_memory_value": value, "unit": unit, "notes": notes}
+    assert measured_bytes(row) == nbytes
+
+
+@given(errors=st.lists(st.floats(-0.9, 3), min_size=1, max_size=60))
+def test_a_summary_is_between_its_extremes(errors: list[float]) -> None:
+    """median <= 90th percentile <= largest absolute error; one source's macro average is that source."""
+    part = summarize(errors)
+    assert part.median <= part.p90 <= max(abs(error) for error in errors)
+    assert min(errors) <= part.bias <= max(errors)
+    assert part.under == sum(error < 0 for error in errors) / len(errors)
+    assert macro_average([part]) == part
+
+
+@pytest.mark.parametrize("settings", [["method=full"], ["method=lora"], ["method=lora", "library.loss=litgpt"]])
+def test_a_band_holds_the_errors_it_was_learned_from(settings: list[str]) -> None:
+    """At risk 0 no learned error is above the band, at risk 0.1 at most a tenth; a greater risk never widens it."""
+    recipe = RECIPE.with_settings(settings)
+    text = (DATA.parents[1] / "src/brim/memory/data/gpu_errors.csv").read_text(encoding="utf-8")
+    errors = [float(line.rsplit(",", 1)[1]) for line in text.splitlines() if f'"{kind_of_run(recipe)}"' in line]
+    bands = [gpu_band(recipe, risk=risk) for risk in (0.0, 0.02, 0.1)]
+    assert errors and all(error <= bands[0][1] for error in errors)
+    assert sum(error > bands[2][1] for error in errors) <= 0.1 * len(errors)
+    assert all(wide[0] <= narrow[0] <= 0 <= narrow[1] <= wide[1] for wide, narrow in pairwise(bands))
+
+
+def test_a_risk_is_a_share() -> None:
+    with pytest.raises(UsageError, match="--risk 2"):
+        gpu_band(RECIPE, risk=2)
