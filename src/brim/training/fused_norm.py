@@ -13,7 +13,7 @@ def fuse_norms(model: nn.Module) -> None:
     """Every plain RMS norm (`weight` and `variance_epsilon`) of the model; others (Gemma's) stay as they are."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = _forward(module)  # type: ignore[method-assign]
+            module.forward = _forward(module)
 
 
 def _forward(module: Any) -> Any:
