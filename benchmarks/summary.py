@@ -91,9 +91,9 @@ def reason(outcome: Outcome) -> str:
     ):
         return "the card is nearly full: when cached segments go back depends on what the driver and others hold"
     if source.startswith("modelscope"):
-        return "rows are truncated, not packed: many are shorter than max_length, and the longest are rare"
+        return "not explained: grows by about 50 bytes a logit; ms-swift's metrics and Qwen's own code are not modelled"
     if source.startswith("QwenLM"):
-        return "which counter was read is not said; Qwen's own model code, rehearsed as Qwen2"
+        return "which counter was read is not said; Qwen's own code (full: 24 bytes a parameter) rehearsed as Qwen2"
     if source.startswith("Lightning-AI"):
         return "litgpt's own model code (one matrix for q, k, v; no FP32 norms kept), rehearsed as transformers'"
     if row["memory_kind"] == "nvidia-smi":

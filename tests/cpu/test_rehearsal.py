@@ -53,6 +53,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "lora, checkpointed, chunked": ("method=lora", "memory.activation_checkpointing=full", "memory.loss=chunked"),
     "no clipping": ("optimizer.max_grad_norm=0.0", *FP32),
     "foreach": ("library.adamw=foreach",),
+    "fused norms": ("library.norm=fused",),
     "lora, fp32 adapters": ("method=lora", "library.adapters=fp32"),
 }
 # without the in-place kernel: its form in operators has temporaries inside logsumexp
