@@ -32,6 +32,8 @@ class Precision:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
     name: Literal["adamw", "adamw8bit", "adafactor", "sgd", "lion"] = "adamw"
+    """States beside each weight: adamw two of its size, sgd (momentum 0.9) and lion one, adafactor a row and a column.
+    Their learning rates differ: sgd's is often 100 times adamw's, lion's a third to a tenth."""
     learning_rate: float = 2e-5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -182,6 +184,8 @@ class Recipe:
             found.append(f'[lora] has no effect: method is "{self.method}"')
         if self.method != "qat" and self.qat != Qat():
             found.append(f'[qat] has no effect: method is "{self.method}"')
+        if self.optimizer.name != "adamw" and self.library.adamw != "fused":
+            found.append(f'library.adamw has no effect: optimizer.name is "{self.optimizer.name}"')
         if self.method != "lora" and self.library.adapters != "weights":
             found.append(f'library.adapters has no effect: method is "{self.method}"')
         if self.task != "seq2seq-lm" and self.target_seq_len:
@@ -300,7 +304,12 @@ def _check_ranges(recipe: Recipe) -> None:
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
     ("method", frozenset({"full", "lora"}), "lora", "low-precision bases are not built"),
-    ("optimizer.name", frozenset({"adamw"}), "adamw", "only AdamW is built"),
+    (
+        "optimizer.name",
+        frozenset({"adamw", "adafactor", "sgd", "lion"}),
+        "adamw",
+        "states of 8 bits are not built",
+    ),
     ("optimizer.in_backward", frozenset({False}), "false", "the optimizer steps after backward"),
     (
         "memory.activation_checkpointing",
@@ -342,7 +351,8 @@ def _check_runs(recipe: Recipe) -> None:
         raise RecipeError(
             f'library.loss = "{library.loss}" is a full loss of causal language models; nearest: library.loss = "brim"'
         )
-    if library.adamw == "foreach" and recipe.precision.master == "fp32" and recipe.precision.weights != "fp32":
+    foreach = recipe.optimizer.name == "adamw" and library.adamw == "foreach"
+    if foreach and recipe.precision.master == "fp32" and recipe.precision.weights != "fp32":
         raise RecipeError(
             'library.adamw = "foreach" steps all parameters at once, precision.master = "fp32" one by one; '
             'nearest: library.adamw = "fused"'

@@ -54,6 +54,12 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "no clipping": ("optimizer.max_grad_norm=0.0", *FP32),
     "foreach": ("library.adamw=foreach",),
     "lora, fp32 adapters": ("method=lora", "library.adapters=fp32"),
+    "sgd": ("optimizer.name=sgd", "optimizer.weight_decay=0.1", *FP32),
+    "sgd, master": ("optimizer.name=sgd", "precision.master=fp32"),
+    "lion": ("optimizer.name=lion", *FP32),
+    "lion, lora": ("optimizer.name=lion", "method=lora"),
+    "adafactor": ("optimizer.name=adafactor", *FP32),
+    "adafactor, bf16": ("optimizer.name=adafactor",),
 }
 # not fast-ce: it stands for one kernel, and its form in operators has temporaries inside logsumexp
 LIBRARY_LOSSES = ("transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "litgpt")

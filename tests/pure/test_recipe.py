@@ -191,7 +191,7 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
     [
         ("method", "qlora", "method = lora"),
         ("method", "qat", "method = lora"),
-        ("optimizer.name", "lion", "optimizer.name = adamw"),
+        ("optimizer.name", "adamw8bit", "optimizer.name = adamw"),
         ("optimizer.in_backward", True, "optimizer.in_backward = false"),
         ("memory.activation_checkpointing", "selective", "memory.activation_checkpointing = full"),
         ("memory.attention", "flash", "memory.attention = sdpa"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from brim.memory import kept
 from brim.memory.anatomy import Block, Stack, anatomy
 from brim.memory.kept import BF16, FP32, Terms
+from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger
@@ -122,10 +123,13 @@ class _Step:
         return self.ledger(activations=flowing, gradients=gradients)
 
     def at_optimizer(self) -> Ledger:
-        """All gradients; over FP32 masters, also the FP32 gradient of one parameter (the largest comes first)."""
-        workspace = 0
-        if self.has_master:
-            workspace = FP32 * self.largest_trained
+        """All gradients, and the optimizer's temporaries for one parameter (the largest comes first).
+
+        Over FP32 masters, also that parameter's FP32 gradient.
+        """
+        temporaries = state_cost(self.recipe.optimizer).temporaries
+        each = FP32 * (1 + temporaries) if self.has_master else self.terms.weight_bytes * temporaries
+        workspace = each * self.largest_trained
         return self.ledger(gradients=self.trainable * self.terms.weight_bytes, workspace=workspace)
 
     def ledger(self, *, activations: int = 0, loss: int = 0, gradients: int = 0, workspace: int = 0) -> Ledger:
@@ -175,8 +179,9 @@ class _Step:
 
     @property
     def optimizer_states(self) -> int:
-        """AdamW's two moments, in the format of what it updates; and the FP32 master copy it updates."""
-        return self.trainable * (3 * FP32 if self.has_master else 2 * self.terms.weight_bytes)
+        """In the format of what is updated (AdamW: two moments); and the FP32 master copy, if it is that."""
+        copies = state_cost(self.recipe.optimizer).state_copies
+        return self.trainable * ((1 + copies) * FP32 if self.has_master else copies * self.terms.weight_bytes)
 
     @property
     def batch_bytes(self) -> int:

@@ -7,6 +7,7 @@ block of this width. Good enough to say which recipes are worth a rehearsal, whi
 from dataclasses import dataclass
 
 from brim.memory.anatomy import FAMILIES
+from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger
@@ -77,7 +78,10 @@ class _Parts:
     @property
     def optimizer(self) -> int:
         has_master = self.recipe.precision.master == "fp32" and self._weight_bytes == 2
-        return (12 if has_master else 2 * self._weight_bytes) * trained_parameters(self.spec, self.recipe)
+        copies = state_cost(self.recipe.optimizer).state_copies
+        return (4 * (1 + copies) if has_master else copies * self._weight_bytes) * trained_parameters(
+            self.spec, self.recipe
+        )
 
     @property
     def _tokens(self) -> int:

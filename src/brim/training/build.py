@@ -15,7 +15,7 @@ from brim.models.skeleton import attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
 from brim.training.head import OutputHead
-from brim.training.optimizer import AdamW
+from brim.training.optimizer import Stepper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Workload:
     base: PreTrainedModel
     """The same model without the adapters' wrapper."""
     head: OutputHead
-    optimizer: AdamW
+    optimizer: Stepper
     device: torch.device
 
     @property
@@ -67,7 +67,7 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     model.train()
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")
-    optimizer = AdamW(
+    optimizer = Stepper(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         recipe.optimizer,
         fp32_master=recipe.precision.master == "fp32" and recipe.precision.weights != "fp32",
