@@ -39,6 +39,8 @@ class Optimizer:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
     in_backward: bool = False
+    """Each weight is stepped as soon as backward has its gradient, which is then freed: all never exist at once. Needs
+    grad_accumulation = 1 and max_grad_norm = 0, which want them all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +312,6 @@ _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
         "adamw",
         "states of 8 bits are not built",
     ),
-    ("optimizer.in_backward", frozenset({False}), "false", "the optimizer steps after backward"),
     (
         "memory.activation_checkpointing",
         frozenset({"none", "full"}),
@@ -346,6 +347,7 @@ def _check_runs(recipe: Recipe) -> None:
             value = getattr(value, part)
         if value not in runnable:
             raise RecipeError(f"{key} = {value} cannot run in this version ({why}); nearest: {key} = {nearest}")
+    _check_in_backward(recipe)
     library = recipe.library
     if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
         raise RecipeError(
@@ -361,6 +363,21 @@ def _check_runs(recipe: Recipe) -> None:
         raise RecipeError(
             'precision.compute = "fp32" cannot run over precision.weights = "bf16": a matmul runs in its weights\' '
             'format or lower; nearest: precision.compute = "bf16", or precision.weights = "fp32"'
+        )
+
+
+def _check_in_backward(recipe: Recipe) -> None:
+    if not recipe.optimizer.in_backward:
+        return
+    if recipe.grad_accumulation > 1:
+        raise RecipeError(
+            f"optimizer.in_backward = true frees each gradient when it has come, grad_accumulation = "
+            f"{recipe.grad_accumulation} adds up those of all micro-batches first; nearest: grad_accumulation = 1"
+        )
+    if recipe.optimizer.max_grad_norm > 0:
+        raise RecipeError(
+            f"optimizer.in_backward = true steps before all gradients are known, optimizer.max_grad_norm = "
+            f"{recipe.optimizer.max_grad_norm} needs the norm of them all; nearest: optimizer.max_grad_norm = 0"
         )
 
 

@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 FP32 = ("precision.weights=fp32", "precision.compute=fp32")
+IN_BACKWARD = ("optimizer.in_backward=true", "optimizer.max_grad_norm=0.0")
 LEVERS: dict[str, tuple[str, ...]] = {
     "fp32": FP32,
     "bf16": (),
@@ -59,6 +60,12 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "lion": ("optimizer.name=lion", *FP32),
     "lion, lora": ("optimizer.name=lion", "method=lora"),
     "adafactor": ("optimizer.name=adafactor", *FP32),
+    "in backward": (*IN_BACKWARD, *FP32),
+    "in backward, master, sgd": (*IN_BACKWARD, "precision.master=fp32", "optimizer.name=sgd"),
+    "in backward, chunked": (*IN_BACKWARD, "memory.loss=chunked"),
+    "in backward, autocast": (*IN_BACKWARD, "precision.weights=fp32"),
+    "in backward, checkpointed": (*IN_BACKWARD, "memory.activation_checkpointing=full", *FP32),
+    "in backward, lora": (*IN_BACKWARD, "method=lora"),
     "adafactor, bf16": ("optimizer.name=adafactor",),
 }
 # not fast-ce: it stands for one kernel, and its form in operators has temporaries inside logsumexp

@@ -140,6 +140,8 @@ class _Step:
         """
         if self.recipe.grad_accumulation > 1:
             gradients = max(gradients, self.trainable * self.terms.weight_bytes)
+        elif self.recipe.optimizer.in_backward:
+            gradients = min(gradients, self.largest_gradients)
         return Ledger(
             weights=self.weights,
             optimizer=self.optimizer_states,
@@ -148,6 +150,12 @@ class _Step:
             gradients=gradients,
             workspace=workspace + self.batch_bytes,
         )
+
+    @property
+    def largest_gradients(self) -> int:
+        """Of those that wait for each other when each is stepped in backward: a tied head's and embedding's."""
+        waiting = 2 if self.terms.trains_base and self.terms.parts.tied_head and not self.terms.mixed else 1
+        return waiting * self.largest_trained * self.terms.weight_bytes
 
     @property
     def adapters(self) -> int:

@@ -73,6 +73,8 @@ class _Parts:
 
     @property
     def gradients(self) -> int:
+        if self.recipe.optimizer.in_backward:  # at most those of one table, or of its two uses
+            return 2 * self._weight_bytes * self.spec.vocab_size * self.spec.hidden_size
         return self._weight_bytes * trained_parameters(self.spec, self.recipe)
 
     @property

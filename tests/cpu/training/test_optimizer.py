@@ -70,7 +70,8 @@ def test_steps_are_the_textbooks(
     for index, rate in enumerate(RATES):
         for mine, other, gradient in zip(ours, theirs, gradients(index), strict=True):
             mine.grad, other.grad = gradient.clone(), gradient.clone()
-        stepper.step(rate)
+        stepper.set_learning_rate(rate)
+        stepper.step()
         step_theirs(rate)
     assert all(parameter.grad is None for parameter in ours)
     torch.testing.assert_close([p.detach() for p in ours], [p.detach() for p in theirs], rtol=1e-5, atol=1e-6)
@@ -82,10 +83,12 @@ def test_a_late_first_gradient(name: Literal["sgd", "lion"]) -> None:
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     stepper = Stepper([first, second], Optimizer(name=name), fp32_master=False)
     first.grad = torch.ones(2)
-    stepper.step(0.1)
+    stepper.set_learning_rate(0.1)
+    stepper.step()
     assert torch.equal(second, torch.ones(2))
     first.grad, second.grad = torch.ones(2), torch.ones(2)
-    stepper.step(0.1)
+    stepper.set_learning_rate(0.1)
+    stepper.step()
     assert torch.equal(second.detach(), torch.ones(2) - 0.1)
 
 
@@ -95,7 +98,8 @@ def test_the_estimates_know_the_states(name: Literal["adamw", "sgd", "lion", "ad
     weight = nn.Parameter(torch.ones(256, 256))
     stepper = Stepper([weight], Optimizer(name=name), fp32_master=False)
     weight.grad = torch.ones_like(weight)
-    stepper.step(0.1)
+    stepper.set_learning_rate(0.1)
+    stepper.step()
     states = sum(tensor.numel() for tensor in stepper.tensors())
     copies = state_cost(Optimizer(name=name)).state_copies
     assert copies * weight.numel() <= states < (copies + 0.02) * weight.numel()
