@@ -46,6 +46,7 @@ class Optimizer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What blocks recompute in backward: nothing, all but their linears' results, or everything from their input on."""
     loss: Literal["full", "chunked"] = "full"
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -311,12 +312,6 @@ _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
         frozenset({"adamw", "adafactor", "sgd", "lion"}),
         "adamw",
         "states of 8 bits are not built",
-    ),
-    (
-        "memory.activation_checkpointing",
-        frozenset({"none", "full"}),
-        "full",
-        "blocks are checkpointed all or none",
     ),
     ("memory.attention", frozenset({"eager", "sdpa"}), "sdpa", "FlashAttention's own package is not used"),
     ("memory.offload", frozenset({"none"}), "none", "everything stays on one device"),

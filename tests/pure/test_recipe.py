@@ -192,7 +192,6 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
         ("method", "qlora", "method = lora"),
         ("method", "qat", "method = lora"),
         ("optimizer.name", "adamw8bit", "optimizer.name = adamw"),
-        ("memory.activation_checkpointing", "selective", "memory.activation_checkpointing = full"),
         ("memory.attention", "flash", "memory.attention = sdpa"),
         ("memory.offload", "all", "memory.offload = none"),
         ("precision.weights", "fp16", "precision.weights = bf16"),

@@ -200,7 +200,7 @@ class _Step:
 
     @property
     def checkpointed(self) -> bool:
-        return self.recipe.memory.activation_checkpointing == "full"
+        return self.recipe.memory.activation_checkpointing != "none"
 
     @property
     def chunked(self) -> bool:
@@ -251,10 +251,13 @@ class _Step:
         return sum(self.stack_activations(stack) for stack in self.terms.parts.stacks)
 
     def stack_activations(self, stack: Stack) -> int:
-        """What all blocks of a stack keep; under checkpointing, only each one's input."""
+        """What all blocks of a stack keep; under checkpointing, only each one's input, or its linears' results too."""
         length = self.length(stack)
         if self.checkpointed:
-            return stack.num_blocks * self.terms.weight_bytes * self.terms.rows * length * self.terms.parts.hidden_size
+            inputs = self.terms.weight_bytes * self.terms.rows * length * self.terms.parts.hidden_size
+            if self.recipe.memory.activation_checkpointing == "selective":
+                inputs += kept.linear_result_bytes(stack.block, length, self.terms)
+            return stack.num_blocks * inputs
         return stack.num_blocks * kept.block_bytes(stack.block, length, self.terms)
 
     def biases(self, stack: Stack) -> int:

@@ -101,8 +101,11 @@ class _Parts:
     @property
     def activations(self) -> int:
         boundary = self._compute_bytes * self._tokens * self.spec.hidden_size
+        linears = self._compute_bytes * self._tokens * (5 * self.spec.hidden_size + 2 * _feed_width(self.spec))
         if self.recipe.memory.activation_checkpointing == "full":
             kept = self.spec.num_layers * boundary + self.block
+        elif self.recipe.memory.activation_checkpointing == "selective":
+            kept = self.spec.num_layers * (boundary + linears) + self.block
         else:
             kept = self.spec.num_layers * self.block
         # autocast keeps a BF16 copy of each weight until forward ends

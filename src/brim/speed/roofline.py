@@ -48,8 +48,11 @@ def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
         return _rough_work(spec, recipe)
     t = kept.terms(anatomy(spec), recipe)
     checkpointed = recipe.memory.activation_checkpointing == "full"
-    flops = _head_flops(t) + sum(_stack_flops(stack, t, checkpointed=checkpointed) for stack in t.parts.stacks)
-    traffic = _forward_backward_traffic(t, checkpointed=checkpointed)
+    recomputed = recipe.memory.activation_checkpointing != "none"
+    flops = _head_flops(t) + sum(
+        _stack_flops(stack, t, linears_again=checkpointed, attention_again=recomputed) for stack in t.parts.stacks
+    )
+    traffic = _forward_backward_traffic(t, checkpointed=recomputed)
     return Work(
         flops=float(recipe.grad_accumulation * flops),
         traffic_bytes=float(recipe.grad_accumulation * traffic + _optimizer_traffic(spec, recipe, t)),
@@ -71,13 +74,13 @@ def _rough_work(spec: ModelSpec, recipe: Recipe) -> Work:
     )
 
 
-def _stack_flops(stack: Stack, t: Terms, *, checkpointed: bool) -> int:
+def _stack_flops(stack: Stack, t: Terms, *, linears_again: bool, attention_again: bool) -> int:
     """Forward 1, gradient of inputs 1, gradient of trained weights 1, recomputed forward 1."""
-    passes = 2 + checkpointed
+    passes = 2 + linears_again
     linears = 2 * _multiplications(stack.block, stack.row, t) * (passes + t.trains_base)
     adapters = 2 * t.rows * _length(stack.row, t) * t.adapter_parameters(stack.block) * (passes + 1)
     # attention's backward has two products for each of forward's two
-    attention = _attention_flops(stack.block, stack.row, t) * (3 + checkpointed)
+    attention = _attention_flops(stack.block, stack.row, t) * (3 + attention_again)
     return stack.num_blocks * (linears + adapters + attention)
 
 

@@ -14,6 +14,7 @@ from brim.models import ModelSpec
 from brim.models.skeleton import attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
+from brim.training.checkpointing import checkpoint_blocks
 from brim.training.head import OutputHead
 from brim.training.optimizer import Stepper
 
@@ -61,9 +62,7 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     model: nn.Module = base
     if recipe.method == "lora":
         model = add_lora(base, recipe)
-    if recipe.memory.activation_checkpointing == "full":
-        # non-reentrant: frozen inputs (LoRA) need no hook, and only what is used again is kept
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_blocks(base, recipe.memory.activation_checkpointing)
     model.train()
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -213,6 +213,26 @@ def test_stepping_in_backward_is_stepping_after_it(
         ended.append(weights(workload))
     after, during = ended
     assert all(torch.equal(during[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_checkpointing_changes_no_gradient(
+    family: str,
+    kind: Literal["selective", "full"],
+    make_recipe: MakeRecipe,
+    make_workload: MakeWorkload,
+) -> None:
+    """Recomputed or kept, the loss and every gradient are the same bits, dropout included."""
+    results = []
+    for memory in (Memory(), Memory(activation_checkpointing=kind)):
+        recipe = make_recipe(family, memory=memory)
+        workload = make_workload(recipe)
+        torch.manual_seed(0)
+        loss = batch_loss(workload, batch_of(recipe), 7)
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in workload.trainable.items()}))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 def test_small_updates_reach_masters_alone(make_recipe: MakeRecipe, make_workload: MakeWorkload) -> None:
