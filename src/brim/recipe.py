@@ -32,16 +32,21 @@ class Precision:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
     name: Literal["adamw", "adamw8bit", "adafactor", "sgd", "lion"] = "adamw"
+    """States beside each weight: adamw two of its size, sgd (momentum 0.9) and lion one, adafactor a row and a column.
+    Their learning rates differ: sgd's is often 100 times adamw's, lion's a third to a tenth."""
     learning_rate: float = 2e-5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
     in_backward: bool = False
+    """Each weight is stepped as soon as backward has its gradient, which is then freed: all never exist at once. Needs
+    grad_accumulation = 1 and max_grad_norm = 0, which want them all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What blocks recompute in backward: nothing, all but their linears' results, or everything from their input on."""
     loss: Literal["full", "chunked"] = "full"
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -188,6 +193,8 @@ class Recipe:
             found.append(f'[qat] has no effect: method is "{self.method}"')
         if self.library.loss in ("brim", "litgpt") and self.library.cross_entropy != "operators":
             found.append(f'library.cross_entropy has no effect: library.loss is "{self.library.loss}"')
+        if self.optimizer.name != "adamw" and self.library.adamw != "fused":
+            found.append(f'library.adamw has no effect: optimizer.name is "{self.optimizer.name}"')
         if self.method != "lora" and self.library.adapters != "weights":
             found.append(f'library.adapters has no effect: method is "{self.method}"')
         if self.task != "seq2seq-lm" and self.target_seq_len:
@@ -306,13 +313,11 @@ def _check_ranges(recipe: Recipe) -> None:
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
     ("method", frozenset({"full", "lora"}), "lora", "low-precision bases are not built"),
-    ("optimizer.name", frozenset({"adamw"}), "adamw", "only AdamW is built"),
-    ("optimizer.in_backward", frozenset({False}), "false", "the optimizer steps after backward"),
     (
-        "memory.activation_checkpointing",
-        frozenset({"none", "full"}),
-        "full",
-        "blocks are checkpointed all or none",
+        "optimizer.name",
+        frozenset({"adamw", "adafactor", "sgd", "lion"}),
+        "adamw",
+        "states of 8 bits are not built",
     ),
     ("memory.attention", frozenset({"eager", "sdpa"}), "sdpa", "FlashAttention's own package is not used"),
     ("memory.offload", frozenset({"none"}), "none", "everything stays on one device"),
@@ -343,12 +348,14 @@ def _check_runs(recipe: Recipe) -> None:
             value = getattr(value, part)
         if value not in runnable:
             raise RecipeError(f"{key} = {value} cannot run in this version ({why}); nearest: {key} = {nearest}")
+    _check_in_backward(recipe)
     library = recipe.library
     if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
         raise RecipeError(
             f'library.loss = "{library.loss}" is a full loss of causal language models; nearest: library.loss = "brim"'
         )
-    if library.adamw == "foreach" and recipe.precision.master == "fp32" and recipe.precision.weights != "fp32":
+    foreach = recipe.optimizer.name == "adamw" and library.adamw == "foreach"
+    if foreach and recipe.precision.master == "fp32" and recipe.precision.weights != "fp32":
         raise RecipeError(
             'library.adamw = "foreach" steps all parameters at once, precision.master = "fp32" one by one; '
             'nearest: library.adamw = "fused"'
@@ -357,6 +364,21 @@ def _check_runs(recipe: Recipe) -> None:
         raise RecipeError(
             'precision.compute = "fp32" cannot run over precision.weights = "bf16": a matmul runs in its weights\' '
             'format or lower; nearest: precision.compute = "bf16", or precision.weights = "fp32"'
+        )
+
+
+def _check_in_backward(recipe: Recipe) -> None:
+    if not recipe.optimizer.in_backward:
+        return
+    if recipe.grad_accumulation > 1:
+        raise RecipeError(
+            f"optimizer.in_backward = true frees each gradient when it has come, grad_accumulation = "
+            f"{recipe.grad_accumulation} adds up those of all micro-batches first; nearest: grad_accumulation = 1"
+        )
+    if recipe.optimizer.max_grad_norm > 0:
+        raise RecipeError(
+            f"optimizer.in_backward = true steps before all gradients are known, optimizer.max_grad_norm = "
+            f"{recipe.optimizer.max_grad_norm} needs the norm of them all; nearest: optimizer.max_grad_norm = 0"
         )
 
 

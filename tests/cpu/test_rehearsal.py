@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 FP32 = ("precision.weights=fp32", "precision.compute=fp32")
+IN_BACKWARD = ("optimizer.in_backward=true", "optimizer.max_grad_norm=0.0")
 LEVERS: dict[str, tuple[str, ...]] = {
     "fp32": FP32,
     "bf16": (),
@@ -55,6 +56,21 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "foreach": ("library.adamw=foreach",),
     "fused norms": ("library.norm=fused",),
     "lora, fp32 adapters": ("method=lora", "library.adapters=fp32"),
+    "sgd": ("optimizer.name=sgd", "optimizer.weight_decay=0.1", *FP32),
+    "sgd, master": ("optimizer.name=sgd", "precision.master=fp32"),
+    "lion": ("optimizer.name=lion", *FP32),
+    "lion, lora": ("optimizer.name=lion", "method=lora"),
+    "adafactor": ("optimizer.name=adafactor", *FP32),
+    "selective": ("memory.activation_checkpointing=selective", *FP32),
+    "selective, bf16": ("memory.activation_checkpointing=selective",),
+    "selective, lora": ("memory.activation_checkpointing=selective", "method=lora", *FP32),
+    "in backward": (*IN_BACKWARD, *FP32),
+    "in backward, master, sgd": (*IN_BACKWARD, "precision.master=fp32", "optimizer.name=sgd"),
+    "in backward, chunked": (*IN_BACKWARD, "memory.loss=chunked"),
+    "in backward, autocast": (*IN_BACKWARD, "precision.weights=fp32"),
+    "in backward, checkpointed": (*IN_BACKWARD, "memory.activation_checkpointing=full", *FP32),
+    "in backward, lora": (*IN_BACKWARD, "method=lora"),
+    "adafactor, bf16": ("optimizer.name=adafactor",),
 }
 # without the in-place kernel: its form in operators has temporaries inside logsumexp
 LIBRARY_LOSSES = ("transformers-16bit", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "litgpt")

@@ -134,6 +134,19 @@ def test_accumulation_keeps_all_gradients_alive() -> None:
     assert twice.gradients == 2 * SPECS["llama"].num_parameters
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_selective_checkpointing_is_between(family: str) -> None:
+    """Keeping linears' results takes more memory than keeping none and less than keeping all; so does its work."""
+    kinds = [
+        Recipe(model="m", seq_len=512, memory=Memory(activation_checkpointing=kind))
+        for kind in ("full", "selective", "none")
+    ]
+    full, selective, none = (moments(SPECS[family], recipe)["loss"].activations for recipe in kinds)
+    assert full < selective < none
+    again, between, once = (step_work(SPECS[family], recipe).flops for recipe in kinds)
+    assert again > between > once
+
+
 def test_optimizer_states_by_hand() -> None:
     """AdamW: two moments in the trained format; over BF16 with a master, 12 bytes a parameter."""
     count = SPECS["gpt2"].num_parameters

@@ -191,9 +191,7 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
     [
         ("method", "qlora", "method = lora"),
         ("method", "qat", "method = lora"),
-        ("optimizer.name", "lion", "optimizer.name = adamw"),
-        ("optimizer.in_backward", True, "optimizer.in_backward = false"),
-        ("memory.activation_checkpointing", "selective", "memory.activation_checkpointing = full"),
+        ("optimizer.name", "adamw8bit", "optimizer.name = adamw"),
         ("memory.attention", "flash", "memory.attention = sdpa"),
         ("memory.offload", "all", "memory.offload = none"),
         ("precision.weights", "fp16", "precision.weights = bf16"),
@@ -209,6 +207,20 @@ def test_what_cannot_run_names_the_nearest_that_can(key: str, value: object, nea
         Recipe.from_dict({"model": MODEL} | nested(key, value))
     setting, _, text = nearest.partition(" = ")
     Recipe(model=MODEL).with_settings([f"{setting}={text}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("grad_accumulation=2", "nearest: grad_accumulation = 1"),
+        ("optimizer.max_grad_norm=1.0", "nearest: optimizer.max_grad_norm = 0"),
+    ],
+)
+def test_stepping_in_backward_needs_no_other_gradient(setting: str, said: str) -> None:
+    """What needs all gradients at once is refused beside in_backward, and what is named instead is accepted."""
+    alone = Recipe(model=MODEL, optimizer=Optimizer(in_backward=True, max_grad_norm=0.0))
+    with pytest.raises(RecipeError, match=said):
+        alone.with_settings([setting])
 
 
 def test_fp16_and_t5() -> None:

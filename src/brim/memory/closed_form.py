@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from brim.memory import kept
 from brim.memory.anatomy import Block, Stack, anatomy
 from brim.memory.kept import BF16, FP32, Terms
+from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger
@@ -122,10 +123,13 @@ class _Step:
         return self.ledger(activations=flowing, gradients=gradients)
 
     def at_optimizer(self) -> Ledger:
-        """All gradients; over FP32 masters, also the FP32 gradient of one parameter (the largest comes first)."""
-        workspace = 0
-        if self.has_master:
-            workspace = FP32 * self.largest_trained
+        """All gradients, and the optimizer's temporaries for one parameter (the largest comes first).
+
+        Over FP32 masters, also that parameter's FP32 gradient.
+        """
+        temporaries = state_cost(self.recipe.optimizer).temporaries
+        each = FP32 * (1 + temporaries) if self.has_master else self.terms.weight_bytes * temporaries
+        workspace = each * self.largest_trained
         return self.ledger(gradients=self.trainable * self.terms.weight_bytes, workspace=workspace)
 
     def ledger(self, *, activations: int = 0, loss: int = 0, gradients: int = 0, workspace: int = 0) -> Ledger:
@@ -136,6 +140,8 @@ class _Step:
         """
         if self.recipe.grad_accumulation > 1:
             gradients = max(gradients, self.trainable * self.terms.weight_bytes)
+        elif self.recipe.optimizer.in_backward:
+            gradients = min(gradients, self.largest_gradients)
         return Ledger(
             weights=self.weights,
             optimizer=self.optimizer_states,
@@ -144,6 +150,12 @@ class _Step:
             gradients=gradients,
             workspace=workspace + self.batch_bytes,
         )
+
+    @property
+    def largest_gradients(self) -> int:
+        """Of those that wait for each other when each is stepped in backward: a tied head's and embedding's."""
+        waiting = 2 if self.terms.trains_base and self.terms.parts.tied_head and not self.terms.mixed else 1
+        return waiting * self.largest_trained * self.terms.weight_bytes
 
     @property
     def adapters(self) -> int:
@@ -175,8 +187,9 @@ class _Step:
 
     @property
     def optimizer_states(self) -> int:
-        """AdamW's two moments, in the format of what it updates; and the FP32 master copy it updates."""
-        return self.trainable * (3 * FP32 if self.has_master else 2 * self.terms.weight_bytes)
+        """In the format of what is updated (AdamW: two moments); and the FP32 master copy, if it is that."""
+        copies = state_cost(self.recipe.optimizer).state_copies
+        return self.trainable * ((1 + copies) * FP32 if self.has_master else copies * self.terms.weight_bytes)
 
     @property
     def batch_bytes(self) -> int:
@@ -187,7 +200,7 @@ class _Step:
 
     @property
     def checkpointed(self) -> bool:
-        return self.recipe.memory.activation_checkpointing == "full"
+        return self.recipe.memory.activation_checkpointing != "none"
 
     @property
     def chunked(self) -> bool:
@@ -238,10 +251,13 @@ class _Step:
         return sum(self.stack_activations(stack) for stack in self.terms.parts.stacks)
 
     def stack_activations(self, stack: Stack) -> int:
-        """What all blocks of a stack keep; under checkpointing, only each one's input."""
+        """What all blocks of a stack keep; under checkpointing, only each one's input, or its linears' results too."""
         length = self.length(stack)
         if self.checkpointed:
-            return stack.num_blocks * self.terms.weight_bytes * self.terms.rows * length * self.terms.parts.hidden_size
+            inputs = self.terms.weight_bytes * self.terms.rows * length * self.terms.parts.hidden_size
+            if self.recipe.memory.activation_checkpointing == "selective":
+                inputs += kept.linear_result_bytes(stack.block, length, self.terms)
+            return stack.num_blocks * inputs
         return stack.num_blocks * kept.block_bytes(stack.block, length, self.terms)
 
     def biases(self, stack: Stack) -> int:

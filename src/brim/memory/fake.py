@@ -1,6 +1,6 @@
 """Fake tensors that take the path that real ones take.
 
-A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in six
+A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in seven
 ways, each mended here; tests hold fake and real peaks equal for every lever and family.
 
 1. Models branch on a few small integer tensors (is anything padded? are sequences packed?): integers that are
@@ -13,11 +13,13 @@ ways, each mended here; tests hold fake and real peaks equal for every lever and
 5. The grouped matmul of experts refuses fake inputs that are not BF16; the real one on a CPU takes any format. Its
    sizes do not depend on the routing.
 6. Checkpointing keeps the random generator's state for each block, which no operator makes.
+7. Adafactor reads norms as numbers, to scale its step by them. They change no size: any number will do.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.optim import _adafactor as adafactor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -95,6 +98,8 @@ class KnownIntegers(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0] in self._values:
             with _real():
                 return self._values[args[0]].item()
+        if func is torch.ops.aten._local_scalar_dense.default and _called_by(adafactor.__file__):
+            return 1.0
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if outputs and (func is torch.ops.aten.ones.default or all(_followed(output) for output in outputs)):
@@ -205,6 +210,13 @@ def _called_by_autograd() -> bool:
     while frame.f_back is not None and frame.f_code.co_filename.endswith(("_compile.py", "eval_frame.py", "_stats.py")):
         frame = frame.f_back
     return frame.f_code.co_name == "_engine_run_backward"
+
+
+def _called_by(path: str | None) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != path:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _copy_of_fake(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:

@@ -111,6 +111,12 @@ def feed_forward_bytes(feed: FeedForward, tokens: int, t: Terms) -> int:
     return kept + _adapters((*feed.into, feed.out), count, t)
 
 
+def linear_result_bytes(block: Block, tokens: int, t: Terms) -> int:
+    """What all linears of a block give, and the narrow halves of adapters: what selective checkpointing keeps."""
+    adapted = sum(t.rank + line.outputs for line in block.linears if t.adapts(line))
+    return t.compute_bytes * t.rows * tokens * (sum(line.outputs for line in block.linears) + adapted)
+
+
 def weight_cast_bytes(block: Block, t: Terms) -> int:
     """BF16 copies of FP32 weights under autocast; backward needs them, frozen or not."""
     if not t.mixed:

@@ -7,6 +7,7 @@ block of this width. Good enough to say which recipes are worth a rehearsal, whi
 from dataclasses import dataclass
 
 from brim.memory.anatomy import FAMILIES
+from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger
@@ -72,12 +73,17 @@ class _Parts:
 
     @property
     def gradients(self) -> int:
+        if self.recipe.optimizer.in_backward:  # at most those of one table, or of its two uses
+            return 2 * self._weight_bytes * self.spec.vocab_size * self.spec.hidden_size
         return self._weight_bytes * trained_parameters(self.spec, self.recipe)
 
     @property
     def optimizer(self) -> int:
         has_master = self.recipe.precision.master == "fp32" and self._weight_bytes == 2
-        return (12 if has_master else 2 * self._weight_bytes) * trained_parameters(self.spec, self.recipe)
+        copies = state_cost(self.recipe.optimizer).state_copies
+        return (4 * (1 + copies) if has_master else copies * self._weight_bytes) * trained_parameters(
+            self.spec, self.recipe
+        )
 
     @property
     def _tokens(self) -> int:
@@ -95,8 +101,11 @@ class _Parts:
     @property
     def activations(self) -> int:
         boundary = self._compute_bytes * self._tokens * self.spec.hidden_size
+        linears = self._compute_bytes * self._tokens * (5 * self.spec.hidden_size + 2 * _feed_width(self.spec))
         if self.recipe.memory.activation_checkpointing == "full":
             kept = self.spec.num_layers * boundary + self.block
+        elif self.recipe.memory.activation_checkpointing == "selective":
+            kept = self.spec.num_layers * (boundary + linears) + self.block
         else:
             kept = self.spec.num_layers * self.block
         # autocast keeps a BF16 copy of each weight until forward ends

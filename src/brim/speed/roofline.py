@@ -15,6 +15,7 @@ from brim.memory import kept
 from brim.memory.anatomy import Block, Linear, Stack, anatomy
 from brim.memory.kept import BF16, FP32, Terms
 from brim.memory.rough import closed_form_knows, trained_parameters
+from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 
@@ -47,8 +48,11 @@ def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
         return _rough_work(spec, recipe)
     t = kept.terms(anatomy(spec), recipe)
     checkpointed = recipe.memory.activation_checkpointing == "full"
-    flops = _head_flops(t) + sum(_stack_flops(stack, t, checkpointed=checkpointed) for stack in t.parts.stacks)
-    traffic = _forward_backward_traffic(t, checkpointed=checkpointed)
+    recomputed = recipe.memory.activation_checkpointing != "none"
+    flops = _head_flops(t) + sum(
+        _stack_flops(stack, t, linears_again=checkpointed, attention_again=recomputed) for stack in t.parts.stacks
+    )
+    traffic = _forward_backward_traffic(t, checkpointed=recomputed)
     return Work(
         flops=float(recipe.grad_accumulation * flops),
         traffic_bytes=float(recipe.grad_accumulation * traffic + _optimizer_traffic(spec, recipe, t)),
@@ -59,23 +63,24 @@ def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
 def _rough_work(spec: ModelSpec, recipe: Recipe) -> Work:
     """By the number of parameters alone (6 N D, experts not spared), for a family without a row in `memory.anatomy`."""
     trained = trained_parameters(spec, recipe)
-    passes = 2 + (recipe.memory.activation_checkpointing == "full")
+    forwards = 2 + (recipe.memory.activation_checkpointing == "full")
+    passes = state_cost(recipe.optimizer).step_passes
     weight_bytes = FP32 if recipe.precision.weights == "fp32" else BF16
-    products = spec.num_parameters * passes + trained
+    products = spec.num_parameters * forwards + trained
     return Work(
         flops=float(2 * recipe.tokens_per_step * products),
-        traffic_bytes=float(weight_bytes * (recipe.grad_accumulation * products + 9 * trained)),
+        traffic_bytes=float(weight_bytes * (recipe.grad_accumulation * products + (3 + passes) * trained)),
         compute="bf16" if recipe.precision.compute == "bf16" else "fp32",
     )
 
 
-def _stack_flops(stack: Stack, t: Terms, *, checkpointed: bool) -> int:
+def _stack_flops(stack: Stack, t: Terms, *, linears_again: bool, attention_again: bool) -> int:
     """Forward 1, gradient of inputs 1, gradient of trained weights 1, recomputed forward 1."""
-    passes = 2 + checkpointed
+    passes = 2 + linears_again
     linears = 2 * _multiplications(stack.block, stack.row, t) * (passes + t.trains_base)
     adapters = 2 * t.rows * _length(stack.row, t) * t.adapter_parameters(stack.block) * (passes + 1)
     # attention's backward has two products for each of forward's two
-    attention = _attention_flops(stack.block, stack.row, t) * (3 + checkpointed)
+    attention = _attention_flops(stack.block, stack.row, t) * (3 + attention_again)
     return stack.num_blocks * (linears + adapters + attention)
 
 
@@ -123,14 +128,15 @@ def _forward_backward_traffic(t: Terms, *, checkpointed: bool) -> int:
 
 
 def _optimizer_traffic(spec: ModelSpec, recipe: Recipe, t: Terms) -> int:
-    """AdamW, fused: reads weight, gradient and two moments, writes weight and moments; clipping reads and writes
-    gradients once more. Over FP32 masters all but weight and gradient are FP32."""
+    """Reads the gradient, passes over weight and states (fused AdamW reads and writes each once); clipping reads and
+    writes gradients once more. Over FP32 masters all but weight and gradient are FP32."""
     adapters = sum(stack.num_blocks * t.adapter_parameters(stack.block) for stack in t.parts.stacks)
     trained = spec.num_parameters if t.trains_base else adapters
-    gradient = 3 * t.weight_bytes
+    gradient, passes = 3 * t.weight_bytes, state_cost(recipe.optimizer).step_passes
     if recipe.precision.master == "fp32" and t.weight_bytes < FP32:
-        return trained * (gradient + 8 * FP32 + t.weight_bytes)
-    return trained * (gradient + 6 * t.weight_bytes)
+        # the gradient's FP32 copy is written and read
+        return trained * (gradient + (2 + passes) * FP32 + t.weight_bytes)
+    return trained * (gradient + passes * t.weight_bytes)
 
 
 def _length(row: str, t: Terms) -> int:

@@ -14,9 +14,10 @@ from brim.models import ModelSpec
 from brim.models.skeleton import attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
+from brim.training.checkpointing import checkpoint_blocks
 from brim.training.fused_norm import fuse_norms
 from brim.training.head import OutputHead
-from brim.training.optimizer import AdamW
+from brim.training.optimizer import Stepper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class Workload:
     base: PreTrainedModel
     """The same model without the adapters' wrapper."""
     head: OutputHead
-    optimizer: AdamW
+    optimizer: Stepper
     device: torch.device
 
     @property
@@ -64,13 +65,11 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     model: nn.Module = base
     if recipe.method == "lora":
         model = add_lora(base, recipe)
-    if recipe.memory.activation_checkpointing == "full":
-        # non-reentrant: frozen inputs (LoRA) need no hook, and only what is used again is kept
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_blocks(base, recipe.memory.activation_checkpointing)
     model.train()
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")
-    optimizer = AdamW(
+    optimizer = Stepper(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         recipe.optimizer,
         fp32_master=recipe.precision.master == "fp32" and recipe.precision.weights != "fp32",

@@ -1,22 +1,28 @@
-"""AdamW over the trainable parameters, or over FP32 master copies of them.
+"""An optimizer over the trainable parameters, or over FP32 master copies of them.
 
-The arithmetic is `torch.optim.AdamW(fused=True)`: no temporaries (on request `foreach=True`, with as many as there are
-parameters). With master copies each parameter has an optimizer of its own, so that only one parameter's FP32 gradient
-exists at a time.
+AdamW is `torch.optim.AdamW(fused=True)`: no temporaries (on request `foreach=True`, with as many as there are
+parameters). SGD (momentum 0.9), Adafactor and Lion go parameter by parameter. With master copies each parameter has an
+optimizer of its own, so that only one parameter's FP32 gradient exists at a time.
+
+In backward each parameter has one, too, and is stepped when its gradient is complete (a tied weight's once, with the
+sum). A gradient that backward does not bring, that of an untied head under the chunked loss, waits for `step`.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from brim.errors import RecipeError
+from brim.memory import owners
 from brim.recipe import Optimizer
+from brim.training.lion import Lion
 
-_STATE = ("step", "exp_avg", "exp_avg_sq")
-_STEP = torch.zeros(())
+_MOMENTUM = 0.9
 
 
-class AdamW:
+class Stepper:
     """Steps parameters from their gradients and frees the gradients."""
 
     def __init__(
@@ -24,39 +30,53 @@ class AdamW:
     ) -> None:
         self._parameters = parameters
         self._masters = [nn.Parameter(p.detach().float()) for p in parameters] if fp32_master else []
-        groups = [[master] for master in self._masters] or [parameters]
+        one_by_one = fp32_master or settings.in_backward
+        groups = [[parameter] for parameter in self._masters or parameters] if one_by_one else [parameters]
         self._settings = settings
-        self._optimizers = [
-            torch.optim.AdamW(
-                group,
-                lr=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                fused=fused or None,
-                foreach=not fused or None,
-            )
-            for group in groups
-        ]
+        self._optimizers = [_optimizer(group, settings, fused=fused) for group in groups]
 
-    def step(self, learning_rate: float) -> None:
-        """One update; afterwards no parameter has a gradient."""
+        self._one_by_one = one_by_one
+        if settings.in_backward:
+            for index, parameter in enumerate(parameters):
+                parameter.register_post_accumulate_grad_hook(partial(self._in_backward, index))
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of the steps from now on; before backward, which may step."""
         for optimizer in self._optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate
-        if self._masters:
-            self._step_masters()
+
+    def step(self) -> None:
+        """One update from the gradients there are; afterwards no parameter has one."""
+        if self._one_by_one:
+            for index in range(len(self._parameters)):
+                self._step_one(index)
             return
         self._optimizers[0].step()
         self._optimizers[0].zero_grad(set_to_none=True)
 
-    def _step_masters(self) -> None:
-        for parameter, master, optimizer in zip(self._parameters, self._masters, self._optimizers, strict=True):
-            if parameter.grad is None:
-                continue
-            master.grad = parameter.grad.float()
+    def _in_backward(self, index: int, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        owners.claim("gradients", [parameter.grad])
+        owners.switch("workspace")
+        self._step_one(index)
+        owners.claim("optimizer", self._optimizers[index].state[self._stepped(index)].values())
+        owners.switch("activations")
+
+    def _step_one(self, index: int) -> None:
+        parameter, stepped = self._parameters[index], self._stepped(index)
+        if parameter.grad is None:
+            return
+        if self._masters:
+            stepped.grad = parameter.grad.float()
             parameter.grad = None
-            optimizer.step()
-            master.grad = None
+        self._optimizers[index].step()
+        stepped.grad = None
+        if self._masters:
             with torch.no_grad():
-                parameter.copy_(master)
+                parameter.copy_(stepped)
+
+    def _stepped(self, index: int) -> nn.Parameter:
+        return (self._masters or self._parameters)[index]
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that lives from step to step: states and master copies."""
@@ -66,7 +86,7 @@ class AdamW:
                 yield from state.values()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Name -> tensor: `INDEX.exp_avg`, `INDEX.exp_avg_sq`, `INDEX.step`, and `INDEX.master`."""
+        """Name -> tensor: `INDEX.STATE`, states by torch's names (`exp_avg`, `step`), and `INDEX.master`."""
         tensors = {f"{index}.master": master.detach() for index, master in enumerate(self._masters)}
         for index, state in enumerate(self._states()):
             tensors |= {f"{index}.{key}": value for key, value in state.items()}
@@ -77,17 +97,52 @@ class AdamW:
         for index, master in enumerate(self._masters):
             master.data.copy_(like(tensors[f"{index}.master"], master, f"{index}.master"))
         for index, parameter in enumerate(self._masters or self._parameters):
-            optimizer = self._optimizers[index if self._masters else 0]
+            optimizer = self._optimizers[index if self._one_by_one else 0]
             # A parameter without a gradient so far has no state.
-            if any(f"{index}.{key}" in tensors for key in _STATE):
+            models = _states_of(parameter, self._settings)
+            if any(f"{index}.{key}" in tensors for key in models):
                 optimizer.state[parameter] = {
                     key: like(tensors[f"{index}.{key}"], model, f"{index}.{key}").to(parameter.device, copy=True)
-                    for key, model in (("step", _STEP), ("exp_avg", parameter), ("exp_avg_sq", parameter))
+                    for key, model in models.items()
                 }
 
     def _states(self) -> Iterator[dict[str, Tensor]]:
         for index, parameter in enumerate(self._masters or self._parameters):
-            yield self._optimizers[index if self._masters else 0].state.get(parameter, {})
+            yield self._optimizers[index if self._one_by_one else 0].state.get(parameter, {})
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: Optimizer, *, fused: bool) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    match settings.name:
+        case "adamw":
+            return torch.optim.AdamW(
+                parameters, lr=rate, weight_decay=decay, fused=fused or None, foreach=not fused or None
+            )
+        case "sgd":
+            # not fused: that kernel takes for granted that all parameters get their first gradient in one step
+            return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=_MOMENTUM, foreach=False)
+        case "adafactor":
+            return torch.optim.Adafactor(parameters, lr=rate, weight_decay=decay, foreach=False)
+        case "lion":
+            return Lion(list(parameters), lr=rate, weight_decay=decay)
+        case "adamw8bit":
+            raise RecipeError('optimizer.name = "adamw8bit" is not built; nearest: optimizer.name = "adamw"')
+
+
+def _states_of(parameter: Tensor, settings: Optimizer) -> dict[str, Tensor]:
+    """State -> a tensor of its shape and dtype, without data, as the optimizer makes it for a parameter."""
+    model, step = torch.empty_like(parameter, device="meta"), torch.empty((), device="meta")
+    match settings.name:
+        case "sgd":
+            return {"momentum_buffer": model}
+        case "lion":
+            return {"exp_avg": model}
+        case "adafactor" if parameter.dim() > 1:
+            return {"step": step, "row_var": model[..., :1], "col_var": model[..., :1, :]}
+        case "adafactor":
+            return {"step": step, "variance": model}
+        case _:
+            return {"step": step, "exp_avg": model, "exp_avg_sq": model}
 
 
 def like(stored: Tensor, model: Tensor, name: str) -> Tensor:

@@ -16,6 +16,7 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
     The mean is over all tokens of the step, not of means, so accumulation does not change what is learned.
     """
     num_targets = max(1, sum(batch.num_targets for batch in batches))
+    workload.optimizer.set_learning_rate(learning_rate)
     total = torch.zeros((), dtype=torch.float32, device=workload.device)
     for batch in batches:
         total += _backward(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets)
@@ -24,7 +25,7 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
     owners.claim("gradients", [parameter.grad for parameter in trainable if parameter.grad is not None])
     if workload.recipe.optimizer.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(trainable, workload.recipe.optimizer.max_grad_norm)
-    workload.optimizer.step(learning_rate)
+    workload.optimizer.step()
     owners.claim("optimizer", workload.optimizer.tensors())
     return total
 

@@ -69,8 +69,12 @@ def assert_same(one: Path, other: Path) -> None:
         ("gpt2", {"method": "lora", "grad_accumulation": 2}),
         ("llama", {"precision": Precision(weights="bf16", compute="bf16", master="fp32")}),
         ("t5", {"memory": Memory(loss="chunked", activation_checkpointing="full")}),
+        ("llama", {"optimizer": Optimizer(name="sgd")}),
+        ("llama", {"optimizer": Optimizer(name="lion")}),
+        ("llama", {"optimizer": Optimizer(name="adafactor")}),
+        ("gpt2", {"optimizer": Optimizer(in_backward=True, max_grad_norm=0.0)}),
     ],
-    ids=["dropout", "lora", "masters", "t5"],
+    ids=["dropout", "lora", "masters", "t5", "sgd", "lion", "adafactor", "in backward"],
 )
 def test_resume_gives_the_same_bits(family: str, settings: dict[str, Any], make_run: MakeRun, tmp_path: Path) -> None:
     """Stopped twice and resumed, a run ends with the weights, metrics and peak of one that was left in peace."""

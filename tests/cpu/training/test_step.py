@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -187,6 +187,52 @@ def test_master_weights_are_an_fp32_optimizer(make_recipe: MakeRecipe, make_work
             parameter.data.copy_(master)
     for ours, theirs in zip(workload.base.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("memory", [Memory(), CHUNKED], ids=["full", "chunked"])
+@pytest.mark.parametrize("precision", [None, replace(BF16, master="fp32")], ids=["fp32", "masters"])
+def test_stepping_in_backward_is_stepping_after_it(
+    family: str,
+    memory: Memory,
+    precision: Precision | None,
+    make_recipe: MakeRecipe,
+    make_workload: MakeWorkload,
+) -> None:
+    """Three steps in backward end at the very bits of three steps after it, tied weights and chunked heads too."""
+    settings = Optimizer(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.0)
+    ended = []
+    for in_backward in (False, True):
+        recipe = make_recipe(family, memory=memory, optimizer=replace(settings, in_backward=in_backward))
+        recipe = replace(recipe, precision=precision or recipe.precision)
+        workload = make_workload(recipe)
+        workload.model.eval()
+        for step in range(3):
+            train_step(workload, [batch_of(recipe, step)], learning_rate=1e-2 / (step + 1))
+            assert all(parameter.grad is None for parameter in workload.model.parameters())
+        ended.append(weights(workload))
+    after, during = ended
+    assert all(torch.equal(during[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_checkpointing_changes_no_gradient(
+    family: str,
+    kind: Literal["selective", "full"],
+    make_recipe: MakeRecipe,
+    make_workload: MakeWorkload,
+) -> None:
+    """Recomputed or kept, the loss and every gradient are the same bits, dropout included."""
+    results = []
+    for memory in (Memory(), Memory(activation_checkpointing=kind)):
+        recipe = make_recipe(family, memory=memory)
+        workload = make_workload(recipe)
+        torch.manual_seed(0)
+        loss = batch_loss(workload, batch_of(recipe), 7)
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in workload.trainable.items()}))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 def test_small_updates_reach_masters_alone(make_recipe: MakeRecipe, make_workload: MakeWorkload) -> None:
