@@ -90,6 +90,8 @@ def _peak(case: Case) -> Peak | str:
         return peak_on(case.device, rehearse_trace(case.spec, case.recipe, device=case.device))[0]
     except BrimError as error:
         return str(error)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        return f"the model's code fails on fake tensors: {type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def of_kind(peak: Peak, kind: str) -> int:

@@ -72,7 +72,10 @@ def case_of(row: Row) -> Case:
         _task, _parallel, _quantization, _method, _precision, _optimizer, _checkpointing, _attention, _loss, _compile,
         _batch,
     )  # fmt: skip
-    settings = [setting for column in columns for setting in column(row)]
+    try:
+        settings = [setting for column in columns for setting in column(row)]
+    except ValueError as error:
+        raise Missing(f"a value that cannot be read: {error}") from None
     spec = spec_of(row["model"])
     if row["attention"].startswith("flash"):
         # FlashAttention takes a window as a number; without this a mask is built for torch's own kernels
