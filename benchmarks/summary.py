@@ -95,7 +95,7 @@ def reason(outcome: Outcome) -> str:
     if source.startswith("QwenLM"):
         return "which counter was read is not said; Qwen's own code (full: 24 bytes a parameter) rehearsed as Qwen2"
     if source.startswith("Lightning-AI"):
-        return "litgpt's own model code (one matrix for q, k, v; no FP32 norms kept), rehearsed as transformers'"
+        return "litgpt's own model code, rehearsed as transformers'; it keeps about five hidden states more a layer"
     if row["memory_kind"] == "nvidia-smi":
         return "reserved depends on the order of every allocation since the start: loading, warm-up and evaluation too"
     if "autocast" in row["compute_dtype"]:
