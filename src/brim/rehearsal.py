@@ -23,7 +23,10 @@ from brim.training.build import build
 from brim.training.step import train_step
 
 ERROR_BAND = (-0.001, 0.001)
-"""On a CPU. Held by the tests against the profiler's allocation peak, for every lever and family they build."""
+"""On a CPU. Held by the tests against the profiler's allocation peak, for every lever and family they build.
+
+Not held where a BF16 temporary inside one operator is the peak: 21 of the 960 cells of docs/exactness.md.
+"""
 
 
 def rehearse(

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from brim.cli import console, options
 from brim.hardware import Device
+from brim.memory.bands import DEFAULT_RISK
 from brim.models import describe
 from brim.planning import Constraints, NothingFitsError, plan
 from brim.planning.ranking import Goal, kind_of
@@ -24,7 +25,7 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Catalogue name, directory, Hub id or .gguf file.")],
     device: Annotated[str, typer.Option(help="cpu, or cuda for the GPU of this machine.")] = "cpu",
     gpu: options.GpuName = None,
-    risk: options.Risk = 0.02,
+    risk: options.Risk = DEFAULT_RISK,
     memory: Annotated[
         str | None, typer.Option(help="Budget, as 2GiB. Default: what is free now.", show_default=False)
     ] = None,

@@ -8,6 +8,7 @@ from rich.table import Table
 from brim import units
 from brim.cli import console, options, picture
 from brim.hardware import Device
+from brim.memory.bands import DEFAULT_RISK
 from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Prediction
@@ -17,7 +18,7 @@ def command(
     source: options.Source,
     device: options.DeviceName = "cpu",
     gpu: options.GpuName = None,
-    risk: options.Risk = 0.02,
+    risk: options.Risk = DEFAULT_RISK,
     memory: options.Memory = None,
     method: options.Method = None,
     seq_len: options.SeqLen = None,

@@ -22,11 +22,6 @@ CONTEXT = Constant(
     source="stas00/ml-engineering@744d01e, as in hardware/data/accelerators.csv; 426 MiB on an RTX 6000 Ada with "
     "torch 2.10+cu130 (unsloth-zoo#1053), 300 to 400 MB said in pytorch#107667",
 )
-EAGER_CONTEXT = Constant(
-    nbytes=1343 * MIB,
-    what="the same before lazy loading: 1343 MB on a V100, CUDA 11.2",
-    source="huggingface/transformers docs/source/en/model_memory_anatomy.md@249ef816",
-)
 CUBLAS_WORKSPACE = Constant(
     nbytes=4096 * 1024 * 2 + 16 * 1024 * 8,
     what="workspace of a cuBLAS handle (`:4096:2:16:8` KiB), compute capability below 9; from the caching allocator",

@@ -40,7 +40,7 @@ def draw_ledgers(path: Path, *, title: str, bars: Mapping[str, Ledger], budget_b
     labels = [f"{name}\n{format_bytes(ledger.total)}" for name, ledger in bars.items()]
     axes.set_yticks(range(len(bars)), labels)
     axes.set_ylim(len(bars) - 0.5, -0.7)
-    axes.set_xlabel("GiB allocated at the peak")
+    axes.set_xlabel("GiB at the peak")
     axes.set_xlim(0, extent / GIB)
     axes.set_title(title, loc="left")
     for side in ("top", "right"):
