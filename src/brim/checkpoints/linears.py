@@ -1,16 +1,15 @@
 """Which tensors of a model are weights of linear layers: asked of the model's modules, not of its tensors' names."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from brim.errors import UsageError
+from brim.models.quiet import quiet_transformers
 from brim.models.skeleton import skeleton
 from brim.models.spec import ModelSpec
 
@@ -31,7 +30,7 @@ def find_linears(spec: ModelSpec, *, tensors: Iterable[str]) -> Linears:
     its weight with another: quantizing one of them would untie the two.
     Raises UsageError for a family that transformers does not know, or that it cannot load with quantized weights.
     """
-    with torch.device("meta"), _quiet_transformers():
+    with torch.device("meta"), quiet_transformers():
         model = skeleton(spec, dtype="fp32", attention="eager")
     _check_unmerged(model, spec)
     modules = dict(model.named_modules())
@@ -75,14 +74,3 @@ def _file_names(names: Iterable[str], tensors: frozenset[str], model: PreTrained
         if name := next(candidates, None):
             found[own] = name
     return found
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without its remarks on configs, which are not about what is done here."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from brim import units
 from brim.cli import console, options, picture
-from brim.cli.quiet import quiet_libraries
 from brim.errors import DoesNotFitError, Stopped, UsageError
 from brim.models import ModelSpec
 from brim.recipe import Recipe
@@ -52,7 +51,9 @@ def command(
     )
     target = output or Path("runs") / f"{Path(recipe.model).name}-{recipe.method}"
     cap = None if memory is None else units.parse_bytes(memory)
-    with quiet_libraries(), stop_on_signal() as stop:
+    from brim.models.quiet import quiet_transformers
+
+    with quiet_transformers(), stop_on_signal() as stop:
         from brim.training.loop import run
         from brim.training.start import prepare
 

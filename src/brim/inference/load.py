@@ -12,12 +12,12 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.utils import logging
 
 from brim import units
 from brim.errors import MissingPartError, ModelFileError, UsageError
 from brim.models import describe
 from brim.models.families import ENCODERS
+from brim.models.quiet import quiet_transformers
 from brim.models.weights import local_directory
 
 
@@ -124,16 +124,8 @@ def _transformers_errors(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' log and bars off, and as they were afterwards."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers 5.23 by an old name; delete this when a newer PEFT does not.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    """Neither transformers nor PEFT says anything."""
+    with quiet_transformers(), warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by an old name; delete this when a newer PEFT does not.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield

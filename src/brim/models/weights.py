@@ -28,6 +28,7 @@ from brim.models.directory import read_tensors, weight_files
 from brim.models.embedded import EmbeddedModel
 from brim.models.gguf_config import config_from_gguf
 from brim.models.gguf_header import read_gguf_header
+from brim.models.quiet import quiet_transformers
 from brim.models.spec import ModelSpec
 from brim.publish import check_room, whole_directory
 from brim.units import Progress, no_progress
@@ -126,7 +127,7 @@ def _convert(gguf: Path, directory: Path, spec: ModelSpec, progress: Progress) -
     config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
     total = len(header.tensors) + 2  # the tokenizer and the writing take a step each
     progress(0, total)
-    with _quiet_transformers(lambda done: progress(done, total)):
+    with _quiet_loading(lambda done: progress(done, total)):
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -146,9 +147,8 @@ def _convert(gguf: Path, directory: Path, spec: ModelSpec, progress: Progress) -
 
 
 @contextmanager
-def _quiet_transformers(report: Callable[[int], None]) -> Iterator[None]:
+def _quiet_loading(report: Callable[[int], None]) -> Iterator[None]:
     """transformers without its bars and warnings; its loop over the tensors of a GGUF reports how many are done."""
-    verbosity, had_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     bar = gguf_loader.tqdm
 
     def reported(tensors: Iterable[Any], **_: Any) -> Iterator[Any]:
@@ -156,15 +156,11 @@ def _quiet_transformers(report: Callable[[int], None]) -> Iterator[None]:
             report(done)
             yield tensor
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     # The loader of GGUF files takes tqdm as it is, past transformers' own switch (transformers 5.23); delete this when
     # it asks `transformers.utils.logging.tqdm`, which has a hook.
     gguf_loader.tqdm = reported
     try:
-        yield
+        with quiet_transformers():
+            yield
     finally:
         gguf_loader.tqdm = bar
-        transformers.logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers.logging.enable_progress_bar()
