@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brim.errors import RecipeError
-from brim.recipe import SECTIONS, Lora, Memory, Optimizer, Precision, Recipe, Training
+from brim.recipe import Lora, Memory, Optimizer, Precision, Recipe, Training
+from brim.recipe.recipe import SECTIONS
 
 MODEL = "smollm2-135m"
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20)

@@ -1,0 +1,102 @@
+"""`Recipe`: all that decides memory and speed. Planned, rehearsed and executed; read from and written to TOML.
+
+A misspelt key, a wrong kind and a combination that cannot run are refused when the recipe is read.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+import tomli_w
+
+from brim.errors import RecipeError
+from brim.recipe.reading import assign, parse_value, plain, read
+from brim.recipe.rules import check_ranges, check_runs, without_effect
+from brim.recipe.sections import Library, Lora, Memory, Method, Optimizer, Parallel, Precision, Qat, Task, Training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One run of training or fine-tuning."""
+
+    model: str
+    task: Task = "causal-lm"
+    method: Method = "full"
+    seq_len: int = 1024
+    """Tokens of one row; for sequence-to-sequence, of the source."""
+    target_seq_len: int = 0
+    """Tokens of the target row (sequence-to-sequence only); 0: as `seq_len`."""
+    num_labels: int = 2
+    """Classes to tell apart (sequence-classification only)."""
+    micro_batch_size: int = 1
+    """Rows that go through the model at once."""
+    grad_accumulation: int = 1
+    """Micro-batches of one optimizer step."""
+    precision: Precision = field(default_factory=Precision)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    memory: Memory = field(default_factory=Memory)
+    training: Training = field(default_factory=Training)
+    lora: Lora = field(default_factory=Lora)
+    qat: Qat = field(default_factory=Qat)
+    parallel: Parallel = field(default_factory=Parallel)
+    library: Library = field(default_factory=Library)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        check_runs(self)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads; source and target counted together."""
+        row = self.seq_len + (self.target_len if self.task == "seq2seq-lm" else 0)
+        return row * self.micro_batch_size * self.grad_accumulation
+
+    @property
+    def target_len(self) -> int:
+        """Tokens of a target row."""
+        return self.target_seq_len or self.seq_len
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, keys in the order of the file."""
+        return cast(dict[str, Any], plain(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "recipe") -> "Recipe":
+        """A checked recipe. Raises RecipeError; a misspelt key names the key meant."""
+        if not values.get("model"):
+            raise RecipeError(f'{where}: no model; add a line such as model = "smollm2-135m"')
+        return read(cls, values, where=where, prefix="")
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "Recipe":
+        """The recipe in this file. Raises RecipeError with the file's name."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"recipe {path} does not exist") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+        return cls.from_dict(values, where=str(path))
+
+    def with_settings(self, settings: Iterable[str]) -> "Recipe":
+        """A copy with `key=value` settings applied, keys dotted as in `precision.weights=fp32`."""
+        values = self.to_dict()
+        for setting in settings:
+            key, separator, text = setting.partition("=")
+            if not separator:
+                raise RecipeError(f"--set {setting!r} has no '='; write --set precision.weights=fp32")
+            assign(values, key.strip().split("."), parse_value(text.strip()), sections=SECTIONS, setting=setting)
+        return Recipe.from_dict(values, where="--set")
+
+    def warnings(self) -> list[str]:
+        """Settings that have no effect in this recipe."""
+        return without_effect(self)
+
+
+SECTIONS = {line.name for line in fields(Recipe) if dataclasses.is_dataclass(get_type_hints(Recipe)[line.name])}

@@ -1,0 +1,131 @@
+"""What a recipe may say: ranges, combinations that run, and settings without effect."""
+
+from typing import TYPE_CHECKING, Any
+
+from brim.errors import RecipeError
+from brim.recipe.sections import Lora, Qat
+
+if TYPE_CHECKING:
+    from brim.recipe.recipe import Recipe
+
+_AT_LEAST = {
+    "seq_len": 2, "target_seq_len": 0, "num_labels": 2, "micro_batch_size": 1, "grad_accumulation": 1,
+    "training.epochs": 1, "training.max_steps": 0, "training.warmup_steps": 0, "training.save_every": 0,
+    "training.evaluate_every": 0, "training.seed": 0,
+    "lora.rank": 1, "lora.alpha": 1,
+    "parallel.nodes": 1, "parallel.devices_per_node": 1, "parallel.tensor": 1, "parallel.pipeline": 1,
+    "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0,
+}  # fmt: skip
+
+
+def check_ranges(recipe: "Recipe") -> None:
+    for key, least in _AT_LEAST.items():
+        value: Any = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        if not least <= value < 2**40:
+            raise RecipeError(f"{key} = {value} is out of range; the least is {least}")
+    if not 0 < recipe.optimizer.learning_rate < 1:
+        raise RecipeError(f"optimizer.learning_rate = {recipe.optimizer.learning_rate} is not between 0 and 1")
+    if not recipe.lora.targets:
+        raise RecipeError('lora.targets is empty; name modules, or write ["all-linear"]')
+
+
+# What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
+_RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
+    ("method", frozenset({"full", "lora"}), "lora", "low-precision bases are not built"),
+    (
+        "optimizer.name",
+        frozenset({"adamw", "adafactor", "sgd", "lion"}),
+        "adamw",
+        "states of 8 bits are not built",
+    ),
+    ("memory.attention", frozenset({"eager", "sdpa"}), "sdpa", "FlashAttention's own package is not used"),
+    ("memory.offload", frozenset({"none"}), "none", "everything stays on one device"),
+    (
+        "precision.weights",
+        frozenset({"fp32", "bf16"}),
+        "bf16",
+        "FP16 needs loss scaling and integers a quantized base",
+    ),
+    ("precision.compute", frozenset({"fp32", "bf16"}), "bf16", "FP16 needs loss scaling"),
+    ("parallel.nodes", frozenset({1}), "1", "a run uses one device"),
+    ("parallel.devices_per_node", frozenset({1}), "1", "a run uses one device"),
+    ("parallel.sharding", frozenset({"none"}), "none", "a run uses one device"),
+    ("parallel.tensor", frozenset({1}), "1", "a run uses one device"),
+    ("parallel.pipeline", frozenset({1}), "1", "a run uses one device"),
+)
+
+
+def check_runs(recipe: "Recipe") -> None:
+    if "fp16" in (recipe.precision.weights, recipe.precision.compute) and recipe.task == "seq2seq-lm":
+        raise RecipeError(
+            "FP16 cannot train T5-like models: their feed-forward outputs pass 65504, FP16's largest number, and turn "
+            'into Inf; nearest: precision.weights = "bf16", precision.compute = "bf16"'
+        )
+    for key, runnable, nearest, why in _RUNS:
+        value: Any = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value not in runnable:
+            raise RecipeError(f"{key} = {value} cannot run in this version ({why}); nearest: {key} = {nearest}")
+    _check_in_backward(recipe)
+    library = recipe.library
+    if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
+        raise RecipeError(
+            f'library.loss = "{library.loss}" is a full loss of causal language models; nearest: library.loss = "brim"'
+        )
+    foreach = recipe.optimizer.name == "adamw" and library.adamw == "foreach"
+    if foreach and recipe.precision.master == "fp32" and recipe.precision.weights != "fp32":
+        raise RecipeError(
+            'library.adamw = "foreach" steps all parameters at once, precision.master = "fp32" one by one; '
+            'nearest: library.adamw = "fused"'
+        )
+    if recipe.precision.weights == "bf16" and recipe.precision.compute == "fp32":
+        raise RecipeError(
+            'precision.compute = "fp32" cannot run over precision.weights = "bf16": a matmul runs in its weights\' '
+            'format or lower; nearest: precision.compute = "bf16", or precision.weights = "fp32"'
+        )
+
+
+def _check_in_backward(recipe: "Recipe") -> None:
+    if not recipe.optimizer.in_backward:
+        return
+    if recipe.grad_accumulation > 1:
+        raise RecipeError(
+            f"optimizer.in_backward = true frees each gradient when it has come, grad_accumulation = "
+            f"{recipe.grad_accumulation} adds up those of all micro-batches first; nearest: grad_accumulation = 1"
+        )
+    if recipe.optimizer.max_grad_norm > 0:
+        raise RecipeError(
+            f"optimizer.in_backward = true steps before all gradients are known, optimizer.max_grad_norm = "
+            f"{recipe.optimizer.max_grad_norm} needs the norm of them all; nearest: optimizer.max_grad_norm = 0"
+        )
+
+
+def without_effect(recipe: "Recipe") -> list[str]:
+    """Settings that change nothing in this recipe, each with why."""
+    found = []
+    if recipe.precision.weights == "fp32" and recipe.precision.master == "fp32":
+        found.append('precision.master = "fp32" has no effect: the weights are FP32 already')
+    if recipe.method != "lora" and recipe.lora != Lora():
+        found.append(f'[lora] has no effect: method is "{recipe.method}"')
+    if recipe.method != "qat" and recipe.qat != Qat():
+        found.append(f'[qat] has no effect: method is "{recipe.method}"')
+    if recipe.library.loss in ("brim", "litgpt") and recipe.library.cross_entropy != "operators":
+        found.append(f'library.cross_entropy has no effect: library.loss is "{recipe.library.loss}"')
+    if recipe.optimizer.name != "adamw" and recipe.library.adamw != "fused":
+        found.append(f'library.adamw has no effect: optimizer.name is "{recipe.optimizer.name}"')
+    if recipe.method != "lora" and recipe.library.adapters != "weights":
+        found.append(f'library.adapters has no effect: method is "{recipe.method}"')
+    if recipe.task != "seq2seq-lm" and recipe.target_seq_len:
+        found.append(f'target_seq_len has no effect: task is "{recipe.task}"')
+    if recipe.task != "sequence-classification" and recipe.num_labels != 2:
+        found.append(f'num_labels has no effect: task is "{recipe.task}"')
+    if recipe.task == "sequence-classification" and recipe.memory.loss == "chunked":
+        found.append('memory.loss = "chunked" has no effect: a classifier has one row of logits a text')
+    if recipe.training.max_steps and recipe.training.warmup_steps >= recipe.training.max_steps:
+        found.append("training.warmup_steps reaches past max_steps: the learning rate never gets to its full value")
+    if recipe.training.max_steps and recipe.training.epochs != 1:
+        found.append("training.epochs has no effect: training.max_steps says when the run ends")
+    return found

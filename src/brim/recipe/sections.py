@@ -1,0 +1,94 @@
+"""The sections of a recipe: every key is a field here, its kind a `Literal`, its default the dataclass's."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal["full", "lora", "qlora", "qat"]
+Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    weights: Literal["fp32", "bf16", "fp16", "int8", "nf4"] = "bf16"
+    """As stored on the device."""
+    compute: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """What matmuls run in."""
+    master: Literal["fp32", "none"] = "none"
+    """Copy of the trainable weights that the optimizer keeps and updates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer:
+    name: Literal["adamw", "adamw8bit", "adafactor", "sgd", "lion"] = "adamw"
+    """States beside each weight: adamw two of its size, sgd (momentum 0.9) and lion one, adafactor a row and a column.
+    Their learning rates differ: sgd's is often 100 times adamw's, lion's a third to a tenth."""
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    in_backward: bool = False
+    """Each weight is stepped as soon as backward has its gradient, which is then freed: all never exist at once. Needs
+    grad_accumulation = 1 and max_grad_norm = 0, which want them all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What blocks recompute in backward: nothing, all but their linears' results, or everything from their input on."""
+    loss: Literal["full", "chunked"] = "full"
+    attention: Literal["eager", "sdpa", "flash"] = "sdpa"
+    offload: Literal["none", "optimizer", "all"] = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    epochs: int = 1
+    max_steps: int = 0
+    """Ends the run earlier or later than `epochs` would; 0 leaves it to `epochs`."""
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    save_every: int = 0
+    """Steps between checkpoints; 0: only when the run is interrupted."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: only at the end, when evaluation data is given."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    rank: int = 16
+    alpha: int = 32
+    targets: tuple[str, ...] = ("all-linear",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qat:
+    format: str = "int4"
+    granularity: str = "group:32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """Whose code runs: Brim's own, or other libraries' way of the same step, to compare with a run of theirs."""
+
+    loss: Literal[
+        "brim", "transformers-16bit", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "litgpt"
+    ] = "brim"
+    """What each holds is said in training/generations.py."""
+    cross_entropy: Literal["operators", "in-place"] = "operators"
+    """in-place: one kernel that writes the logits' gradient over them (unsloth, fms-acceleration)."""
+    adamw: Literal["fused", "foreach"] = "fused"
+    """foreach is PyTorch's default on a GPU: its temporaries are as large as the parameters."""
+    adapters: Literal["weights", "fp32"] = "weights"
+    """Format of adapters: of the weights, or FP32 (PEFT's `autocast_adapter_dtype`, its default)."""
+    norm: Literal["operators", "fused"] = "operators"
+    """fused: RMS norms keep their input as it is and one number a row, as Liger's and unsloth's kernels do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    nodes: int = 1
+    devices_per_node: int = 1
+    sharding: Literal["none", "ddp", "zero1", "zero2", "zero3", "hsdp"] = "none"
+    tensor: int = 1
+    pipeline: int = 1
