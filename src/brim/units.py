@@ -20,7 +20,10 @@ _BYTES_PER_UNIT = {
     "K": KIB, "M": MIB, "G": GIB, "T": TIB,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
+_PER_COUNT_UNIT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+_COUNT = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)\s*([A-Za-z]?)\s*")
 
 
 def no_progress(done: int, total: int) -> None:
@@ -40,6 +43,16 @@ def parse_bytes(text: str) -> int:
     if nbytes <= 0:
         raise UsageError(f"memory {text!r} is not more than zero; write for example 2GiB")
     return nbytes
+
+
+def parse_count(text: str, *, what: str) -> int:
+    """A whole number in `100B`, `2T`, `1.5e9` or `7_000_000`. Raises UsageError, naming `what`, else and for zero."""
+    match = _COUNT.fullmatch(text)
+    unit = match and _PER_COUNT_UNIT.get(match[2].upper())
+    count = int(Decimal(match[1].replace("_", "").replace(",", "")) * unit) if match and unit else 0
+    if not 0 < count < 10**18:
+        raise UsageError(f"{what} {text!r} is not a count; write a number and K, M, B or T, for example 100B")
+    return count
 
 
 def format_bytes(nbytes: int) -> str:

@@ -1,5 +1,7 @@
 """Accelerators by name: spelling, refusals, and rows that contradict nobody."""
 
+from pathlib import Path
+
 import pytest
 
 from brim.errors import UnknownNameError, UsageError
@@ -49,3 +51,51 @@ def test_rows_are_plausible(row) -> None:  # type: ignore[no-untyped-def]
         assert 0 < device.flops["fp32"] <= row.peak_flops["fp32"]
     if row.vendor == "NVIDIA":
         assert find(row.name).compute_major in (3, 6, 7, 8, 9, 10, 12)
+
+
+OWN = """
+[[accelerator]]
+name = "Lab card 48GB"
+aliases = ["lab-card"]
+vendor = "NVIDIA"
+memory_gib = 48
+memory_bandwidth_gb_s = 864
+fp32_tflops = 91.6
+bf16_dense_tflops = 181
+compute_capability = "8.9"
+"""
+
+
+def test_own_rows_are_found_as_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row in the user's file is a device by name and alias; the shipped ones stay."""
+    path = tmp_path / "rows.toml"
+    path.write_text(OWN)
+    monkeypatch.setenv("BRIM_ACCELERATORS", str(path))
+    device = find("LAB-card")
+    assert (device.name, device.memory_bytes, device.compute_major) == ("Lab card 48GB", 48 * GIB, 8)
+    assert find("a100").name == "A100 SXM4 80GB"
+    monkeypatch.setenv("BRIM_ACCELERATORS", str(tmp_path / "absent.toml"))
+    with pytest.raises(UnknownNameError, match=r"absent\.toml"):
+        find("lab-card")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (OWN.replace("memory_gib", "memory_gb"), r"unknown key 'memory_gb'; did you mean memory_gib"),
+        (OWN.replace("memory_gib = 48", ""), "memory_gib must be said"),
+        (OWN.replace("= 864", '= "fast"'), "memory_bandwidth_gb_s = 'fast' is not a number"),
+        (OWN.replace("= 864", "= -1"), "above zero"),
+        (OWN.replace('["lab-card"]', '"lab-card"'), "not a list of names"),
+        ("[accelerator]\nname = 'x'", "tables"),
+        ("name = 'x'", "nothing else"),
+        ("accelerator = [", "cannot be read"),
+    ],
+)
+def test_wrong_own_rows_are_refused(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to misspell the file is one message that names it."""
+    path = tmp_path / "rows.toml"
+    path.write_text(text)
+    monkeypatch.setenv("BRIM_ACCELERATORS", str(path))
+    with pytest.raises(UsageError, match=message):
+        find("a100")

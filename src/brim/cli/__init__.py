@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import brim
 from brim import errors
-from brim.cli import console, demo, evaluate, formats, generate, plan, predict, quantize, tune
+from brim.cli import console, demo, evaluate, formats, generate, growth, plan, predict, quantize, tune
 from brim.cli.quiet import quiet_torch
 
 INTERRUPTED = 130
@@ -50,6 +50,7 @@ app.command("evaluate")(evaluate.command)
 # A negative number begins like an option.
 app.command("formats", context_settings={"ignore_unknown_options": True})(formats.command)
 app.command("generate")(generate.command)
+app.command("growth")(growth.command)
 app.command("plan")(plan.command)
 app.command("predict")(predict.command)
 app.command("quantize")(quantize.command)

@@ -1,6 +1,7 @@
 """`--plot FILE`: checked before the work starts, drawn after it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -34,10 +35,17 @@ def draw(path: Path | None, *, title: str, bars: Mapping[str, Ledger], budget_by
         return
     from brim.memory.picture import draw_ledgers
 
+    with whole(path) as partial:
+        draw_ledgers(partial, title=title, bars=bars, budget_bytes=budget_bytes)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another path to draw to, which becomes `path` when the drawing is done."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        draw_ledgers(partial, title=title, bars=bars, budget_bytes=budget_bytes)
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
