@@ -42,7 +42,7 @@ What the rehearsal does not see, and how much it is:
 
 - **Numbers that autograd keeps**: 8 bytes for each multiplication of a tensor that needs a gradient by a Python number
   (an adapter's scale, attention's scale): the few hundred bytes in most rows with LoRA.
-- **Scratch memory of BF16 matmuls**: on a CPU oneDNN packs operands into memory that it takes from the allocator and
+- **Scratch memory of BF16 and FP16 matmuls**: on a CPU oneDNN packs operands into memory that it takes from the allocator and
   gives back before the operator returns; how much depends on the processor, at most about one operand.
 - **Casts inside an operator**: on a CPU, an elementwise operator on two formats (BF16 and FP32) casts one operand into
   memory of its own until it returns.
@@ -65,6 +65,7 @@ PRECISIONS = {
     "bf16": ("bf16", "bf16", "none"),
     "mixed": ("fp32", "bf16", "none"),
     "bf16 + fp32": ("bf16", "bf16", "fp32"),
+    "fp16 + fp32": ("fp16", "fp16", "fp32"),
 }
 CHECKPOINTING = ("none", "full")
 LOSSES = ("full", "chunked")
@@ -99,6 +100,8 @@ def recipes(spec: ModelSpec, task: Task) -> Iterator[tuple[str, Recipe]]:
     axes = (enumerate(METHODS), enumerate(PRECISIONS), enumerate(CHECKPOINTING), enumerate(losses))
     for (m, method), (p, precision), (c, checkpointing), (k, loss) in product(*axes):
         weights, compute, master = PRECISIONS[precision]
+        if compute == "fp16" and task == "seq2seq-lm":
+            continue  # refused
         eager = (m + k + p // 2) % 2 == 1
         settings = (
             f"method={method}", f"precision.weights={weights}", f"precision.compute={compute}",
@@ -113,6 +116,8 @@ def measured_peak(spec: ModelSpec, recipe: Recipe) -> int:
     torch.manual_seed(0)
     with CpuMeter() as meter:
         workload = build(recipe, spec)
+        if workload.loss_scale is not None:
+            workload.loss_scale.value = 1.0  # as in a run that has found its scale: no step is skipped
         batches = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
         for _ in range(2):
             train_step(workload, batches, learning_rate=1e-4)

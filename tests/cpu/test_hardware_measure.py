@@ -13,7 +13,7 @@ from brim.hardware.measure import measured_rates, resolve_device
 from brim.hardware.rates import Rates
 from brim.units import GIB
 
-KNOWN = Rates(flops={"fp32": 1e9, "bf16": 2e9}, bandwidth_bytes_per_s=3e9)
+KNOWN = Rates(flops={"fp32": 1e9, "bf16": 2e9, "fp16": 3e9}, bandwidth_bytes_per_s=3e9)
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_a_busy_machines_rates_are_not_kept(
         "[]",
         '{"a": 5}',
         '{"a": {"flops": {"fp32": 1}, "bandwidth": 1}}',
-        '{"a": {"flops": {"fp32": 0, "bf16": 1}, "bandwidth": 1}}',
-        '{"a": {"flops": {"fp32": 1, "bf16": 1}, "bandwidth": "fast"}}',
+        '{"a": {"flops": {"fp32": 0, "bf16": 1, "fp16": 1}, "bandwidth": 1}}',
+        '{"a": {"flops": {"fp32": 1, "bf16": 1, "fp16": 1}, "bandwidth": "fast"}}',
     ],
 )
 def test_a_damaged_file_is_measured_again_and_mended(tmp_path: Path, counted: list[str], damage: str) -> None:

@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 FP32 = ("precision.weights=fp32", "precision.compute=fp32")
+FP16 = ("precision.weights=fp16", "precision.compute=fp16")
 IN_BACKWARD = ("optimizer.in_backward=true", "optimizer.max_grad_norm=0.0")
 LEVERS: dict[str, tuple[str, ...]] = {
     "fp32": FP32,
@@ -71,6 +72,10 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "in backward, checkpointed": (*IN_BACKWARD, "memory.activation_checkpointing=full", *FP32),
     "in backward, lora": (*IN_BACKWARD, "method=lora"),
     "adafactor, bf16": ("optimizer.name=adafactor",),
+    "fp16": (*FP16, "precision.master=fp32"),
+    "fp16, no clipping": (*FP16, "precision.master=fp32", "optimizer.max_grad_norm=0.0"),
+    "fp16, autocast": ("precision.weights=fp32", "precision.compute=fp16"),
+    "fp16, lora, fp32 adapters": (*FP16, "method=lora", "library.adapters=fp32"),
 }
 # without the in-place kernel: its form in operators has temporaries inside logsumexp
 LIBRARY_LOSSES = ("transformers-16bit", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "litgpt")
@@ -125,6 +130,8 @@ def profiled_peak(spec: ModelSpec, recipe: Recipe) -> int:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rehearsed_peak_is_the_real_peak(name: str, levers: str) -> None:
     """Fake and real steps of one recipe peak at the same number of bytes, for each lever and family."""
+    if name == "t5" and levers.startswith("fp16"):
+        pytest.skip("refused: T5-like models overflow FP16")
     spec = small(name)
     recipe = recipe_of(spec, *LEVERS[levers])
     assert rehearse_trace(spec, recipe).peak_bytes == pytest.approx(profiled_peak(spec, recipe), rel=TOLERANCE)

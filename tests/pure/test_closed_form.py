@@ -31,7 +31,7 @@ DEVICE = Device(
     kind="cpu",
     memory_bytes=2**34,
     memory_free_bytes=2**34,
-    flops={"fp32": 5e10, "bf16": 1e11},
+    flops={"fp32": 5e10, "bf16": 1e11, "fp16": 1e11},
     bandwidth_bytes_per_s=1e10,
     cores=2,
 )
@@ -180,7 +180,9 @@ def test_flops_of_an_encoder_decoder_are_half_of_that() -> None:
 def test_time_follows_the_device() -> None:
     """A device twice as fast in everything takes half the time; tokens per second are its inverse."""
     recipe = Recipe(model="m", seq_len=128, micro_batch_size=2, grad_accumulation=4)
-    twice = replace(DEVICE, flops={"fp32": 1e11, "bf16": 2e11}, bandwidth_bytes_per_s=2 * DEVICE.bandwidth_bytes_per_s)
+    twice = replace(
+        DEVICE, flops={"fp32": 1e11, "bf16": 2e11, "fp16": 2e11}, bandwidth_bytes_per_s=2 * DEVICE.bandwidth_bytes_per_s
+    )
     seconds = step_time(SPECS["llama"], recipe, DEVICE)
     assert step_time(SPECS["llama"], recipe, twice) == pytest.approx(seconds / 2)
     assert tokens_per_s(recipe, seconds) == pytest.approx(128 * 2 * 4 / seconds)

@@ -27,7 +27,7 @@ def device() -> Device:
         kind="cpu",
         memory_bytes=8 * GIB,
         memory_free_bytes=6 * GIB,
-        flops={"fp32": 1e11, "bf16": 1e11},
+        flops={"fp32": 1e11, "bf16": 1e11, "fp16": 1e11},
         bandwidth_bytes_per_s=1e10,
         cores=4,
     )
@@ -113,7 +113,7 @@ def test_rates_that_were_kept_are_found_without_torch(tmp_path: Path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     host = detect_host()
     assert quick_device("cpu").flops == typical_rates(host).flops
-    measured = Rates(flops={"fp32": 1e9, "bf16": 2e9}, bandwidth_bytes_per_s=3e9)
+    measured = Rates(flops={"fp32": 1e9, "bf16": 2e9, "fp16": 3e9}, bandwidth_bytes_per_s=3e9)
     keep_rates(cpu_identity(host), measured)
     assert quick_device("cpu", GIB).flops == measured.flops
     assert quick_device("cpu", GIB).memory_bytes == GIB

@@ -29,7 +29,7 @@ DEVICE = Device(
     kind="cpu",
     memory_bytes=64 * GIB,
     memory_free_bytes=64 * GIB,
-    flops={"fp32": 5e10, "bf16": 1e11},
+    flops={"fp32": 5e10, "bf16": 1e11, "fp16": 1e11},
     bandwidth_bytes_per_s=1e10,
     cores=2,
 )
@@ -266,7 +266,7 @@ def test_candidates_are_distinct_and_warn_of_nothing() -> None:
     ("constraints", "message"),
     [
         (Constraints(settings=("precision.wieghts=fp32",)), "did you mean weights"),
-        (Constraints(settings=("precision.weights=fp16",)), "cannot run"),
+        (Constraints(settings=("precision.weights=int8",)), "cannot run"),
         (Constraints(method="full", settings=("method=lora",)), "both decide method"),
         (Constraints(seq_len=64, settings=("seq_len=32",)), "both decide seq_len"),
         (Constraints(global_batch_size=0), "the least is 1"),

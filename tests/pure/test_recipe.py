@@ -195,9 +195,7 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
         ("optimizer.name", "adamw8bit", "optimizer.name = adamw"),
         ("memory.attention", "flash", "memory.attention = sdpa"),
         ("memory.offload", "all", "memory.offload = none"),
-        ("precision.weights", "fp16", "precision.weights = bf16"),
         ("precision.weights", "int8", "precision.weights = bf16"),
-        ("precision.compute", "fp16", "precision.compute = bf16"),
         ("parallel.nodes", 2, "parallel.nodes = 1"),
         ("parallel.sharding", "zero3", "parallel.sharding = none"),
     ],
@@ -233,8 +231,25 @@ def test_fp16_and_t5() -> None:
 
 def test_fp32_compute_over_bf16_weights() -> None:
     """Matmuls cannot run above the format of their weights."""
-    with pytest.raises(RecipeError, match=r"matmul runs in its weights' format or lower.*nearest"):
+    with pytest.raises(RecipeError, match=r"matmul runs in its weights' format, or below FP32; nearest"):
         Recipe(model=MODEL, precision=Precision(weights="bf16", compute="fp32"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        ((), ("precision.master=fp32",)),
+        (("precision.master=fp32", "optimizer.in_backward=true", "optimizer.max_grad_norm=0.0"),
+         ("precision.weights=bf16", "precision.compute=bf16")),
+    ],
+)  # fmt: skip
+def test_fp16_needs_room_for_small_numbers(settings: tuple[str, ...], nearest: tuple[str, ...]) -> None:
+    """FP16 without FP32 copies, and steps before the overflow is known, are refused; what is named is accepted."""
+    fp16 = ("precision.weights=fp16", "precision.compute=fp16")
+    with pytest.raises(RecipeError, match=r"FP16.*nearest"):
+        Recipe(model=MODEL).with_settings([*fp16, *settings])
+    Recipe(model=MODEL).with_settings([*fp16, *settings, *nearest])
+    Recipe(model=MODEL).with_settings(["precision.weights=fp32", "precision.compute=fp16"])
 
 
 @pytest.mark.parametrize(

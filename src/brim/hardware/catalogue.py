@@ -102,12 +102,13 @@ def _device(row: Accelerator) -> Device:
     peak = row.peak_flops
     fp32 = peak["fp32"] * _share(row.vendor)
     bf16 = row.measured_bf16_flops or (peak["bf16"] * _share(row.vendor) if "bf16" in peak else fp32)
+    fp16 = row.measured_bf16_flops or (peak["fp16"] * _share(row.vendor) if "fp16" in peak else bf16)
     return Device(
         name=row.name,
         kind="cuda",
         memory_bytes=row.memory_bytes,
         memory_free_bytes=row.memory_bytes,
-        flops={"fp32": fp32, "bf16": bf16},
+        flops={"fp32": fp32, "bf16": bf16, "fp16": fp16},
         bandwidth_bytes_per_s=row.bandwidth_bytes_per_s,
         cores=0,
         vendor=row.vendor,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 DeviceKind = Literal["cpu", "cuda"]
-MatmulFormat = Literal["fp32", "bf16"]
+MatmulFormat = Literal["fp32", "bf16", "fp16"]
 MATMUL_FORMATS: tuple[MatmulFormat, ...] = get_args(MatmulFormat)
 
 

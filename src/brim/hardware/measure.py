@@ -17,7 +17,7 @@ from brim.hardware.detect import detect_host, is_busy
 from brim.hardware.device import Device, MatmulFormat
 from brim.hardware.rates import Rates, cpu_device, cpu_identity, keep_rates, kept_rates
 
-_DTYPES: dict[MatmulFormat, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES: dict[MatmulFormat, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ROWS, _INNER, _COLUMNS = 512, 768, 2048
 """Tokens x hidden x feed-forward of a small model's step; an accelerator gets each side four times."""
 _COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}

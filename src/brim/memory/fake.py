@@ -13,12 +13,14 @@ ways, each mended here; tests hold fake and real peaks equal for every lever and
 5. The grouped matmul of experts refuses fake inputs that are not BF16; the real one on a CPU takes any format. Its
    sizes do not depend on the routing.
 6. Checkpointing keeps the random generator's state for each block, which no operator makes.
-7. Adafactor reads norms as numbers, to scale its step by them. They change no size: any number will do.
+7. A step reads norms and losses as numbers: to scale by them (Adafactor), to see whether FP16 has overflowed, to add
+   them up (evaluation). They change no size: any number will do.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -27,15 +29,17 @@ import torch
 from torch import Tensor, nn
 from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.optim import _adafactor as adafactor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+import brim
 from brim.memory.lifetimes import LifetimeMeter
 
 _LARGEST_KNOWN = 2**22
 """Elements. Above it (a batch's full attention mask, say) values are not followed: nothing asks for them."""
+_NOT_ASKING = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+"""Frames between who reads a number and the operator that reads it: the modes of this module, and torch."""
 
 
 class FakeWorld:
@@ -98,7 +102,7 @@ class KnownIntegers(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0] in self._values:
             with _real():
                 return self._values[args[0]].item()
-        if func is torch.ops.aten._local_scalar_dense.default and _called_by(adafactor.__file__):
+        if func is torch.ops.aten._local_scalar_dense.default and _asked_by_the_step():
             return 1.0
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -212,11 +216,12 @@ def _called_by_autograd() -> bool:
     return frame.f_code.co_name == "_engine_run_backward"
 
 
-def _called_by(path: str | None) -> bool:
+def _asked_by_the_step() -> bool:
+    """Brim's code wants to know, or an optimizer that it called; not a model, which may branch on what it reads."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != path:
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_ASKING):
         frame = frame.f_back
-    return frame is not None
+    return frame is not None and frame.f_code.co_filename.startswith(str(Path(brim.__file__).parent))
 
 
 def _copy_of_fake(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from brim.memory.anatomy import Anatomy, Attention, Block, FeedForward, Linear, 
 from brim.recipe import Recipe
 
 FP32, BF16 = 4, 2
-_BYTES = {"fp32": FP32, "bf16": BF16}
+_BYTES = {"fp32": FP32, "bf16": BF16, "fp16": BF16}
 
 _ACTIVATION_KEEPS = {"relu": 0, "gelu_new": 4, "gelu_fast": 5}
 """Tensors of its input's size that an activation keeps beside its output; the fused ones (silu, gelu,

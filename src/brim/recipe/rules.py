@@ -44,11 +44,10 @@ _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
     ("memory.offload", frozenset({"none"}), "none", "everything stays on one device"),
     (
         "precision.weights",
-        frozenset({"fp32", "bf16"}),
+        frozenset({"fp32", "bf16", "fp16"}),
         "bf16",
-        "FP16 needs loss scaling and integers a quantized base",
+        "integers need a quantized base, which is not built",
     ),
-    ("precision.compute", frozenset({"fp32", "bf16"}), "bf16", "FP16 needs loss scaling"),
     ("parallel.nodes", frozenset({1}), "1", "a run uses one device"),
     ("parallel.devices_per_node", frozenset({1}), "1", "a run uses one device"),
     ("parallel.sharding", frozenset({"none"}), "none", "a run uses one device"),
@@ -70,6 +69,7 @@ def check_runs(recipe: "Recipe") -> None:
         if value not in runnable:
             raise RecipeError(f"{key} = {value} cannot run in this version ({why}); nearest: {key} = {nearest}")
     _check_in_backward(recipe)
+    _check_fp16(recipe)
     library = recipe.library
     if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
         raise RecipeError(
@@ -81,10 +81,28 @@ def check_runs(recipe: "Recipe") -> None:
             'library.adamw = "foreach" steps all parameters at once, precision.master = "fp32" one by one; '
             'nearest: library.adamw = "fused"'
         )
-    if recipe.precision.weights == "bf16" and recipe.precision.compute == "fp32":
+    weights, compute = recipe.precision.weights, recipe.precision.compute
+    if weights != "fp32" and compute != weights:
         raise RecipeError(
-            'precision.compute = "fp32" cannot run over precision.weights = "bf16": a matmul runs in its weights\' '
-            'format or lower; nearest: precision.compute = "bf16", or precision.weights = "fp32"'
+            f'precision.compute = "{compute}" cannot run over precision.weights = "{weights}": a matmul runs in its '
+            f'weights\' format, or below FP32; nearest: precision.compute = "{weights}", or precision.weights = "fp32"'
+        )
+
+
+def _check_fp16(recipe: "Recipe") -> None:
+    if recipe.precision.compute != "fp16":
+        return
+    if recipe.optimizer.in_backward:
+        raise RecipeError(
+            "optimizer.in_backward = true steps before it is known whether a gradient has overflowed FP16; "
+            'nearest: precision.weights = "bf16", precision.compute = "bf16"'
+        )
+    fp32_adapters = recipe.method == "lora" and recipe.library.adapters == "fp32"
+    if recipe.precision.weights == "fp16" and recipe.precision.master == "none" and not fp32_adapters:
+        raise RecipeError(
+            "trained weights and optimizer states in FP16 lose every update and second moment below 6e-8, its "
+            'smallest number; nearest: precision.master = "fp32", or precision.weights = "bf16" and '
+            'precision.compute = "bf16"'
         )
 
 

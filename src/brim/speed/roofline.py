@@ -56,7 +56,7 @@ def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
     return Work(
         flops=float(recipe.grad_accumulation * flops),
         traffic_bytes=float(recipe.grad_accumulation * traffic + _optimizer_traffic(spec, recipe, t)),
-        compute="bf16" if recipe.precision.compute == "bf16" else "fp32",
+        compute=recipe.precision.compute,
     )
 
 
@@ -70,7 +70,7 @@ def _rough_work(spec: ModelSpec, recipe: Recipe) -> Work:
     return Work(
         flops=float(2 * recipe.tokens_per_step * products),
         traffic_bytes=float(weight_bytes * (recipe.grad_accumulation * products + (3 + passes) * trained)),
-        compute="bf16" if recipe.precision.compute == "bf16" else "fp32",
+        compute=recipe.precision.compute,
     )
 
 

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 from brim.errors import RecipeError
 from brim.memory import owners
 from brim.models import ModelSpec
-from brim.models.skeleton import attention_kernels, load, skeleton
+from brim.models.skeleton import DTYPES, attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
 from brim.training.checkpointing import checkpoint_blocks
 from brim.training.fused_norm import fuse_norms
 from brim.training.head import OutputHead
+from brim.training.loss_scale import LossScale
 from brim.training.optimizer import Stepper
 
 
@@ -31,6 +32,8 @@ class Workload:
     """The same model without the adapters' wrapper."""
     head: OutputHead
     optimizer: Stepper
+    loss_scale: LossScale | None
+    """Where backward runs in FP16."""
     device: torch.device
 
     @property
@@ -38,10 +41,10 @@ class Workload:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def autocast(self) -> AbstractContextManager[object]:
-        """BF16 matmuls over FP32 weights, when the recipe asks for them."""
+        """16-bit matmuls over FP32 weights, when the recipe asks for them."""
         precision = self.recipe.precision
-        if precision.weights == "fp32" and precision.compute == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        if precision.weights == "fp32" and precision.compute != "fp32":
+            return torch.autocast(self.device.type, dtype=DTYPES[precision.compute])
         return nullcontext()
 
 
@@ -78,7 +81,15 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     owners.claim("optimizer", optimizer.tensors())
     owners.switch("workspace")
     head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
-    return Workload(recipe=recipe, model=model, base=base, head=head, optimizer=optimizer, device=torch.device(device))
+    return Workload(
+        recipe=recipe,
+        model=model,
+        base=base,
+        head=head,
+        optimizer=optimizer,
+        loss_scale=LossScale() if recipe.precision.compute == "fp16" else None,
+        device=torch.device(device),
+    )
 
 
 def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:

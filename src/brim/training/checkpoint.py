@@ -29,6 +29,7 @@ from brim.training.optimizer import like
 
 _RANDOM = "random_generator"
 _CUDA_RANDOM = "cuda_random_generator"
+_LOSS_SCALE = "loss_scale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,8 @@ def _restore(workload: Workload, trainable: Mapping[str, Tensor], optimizer: Map
             parameter.copy_(like(trainable[name], parameter, name))
     workload.optimizer.load_state_dict(optimizer)
     owners.claim("optimizer", workload.optimizer.tensors())
+    if workload.loss_scale is not None:
+        workload.loss_scale.load_state(optimizer[_LOSS_SCALE])
     torch.set_rng_state(optimizer[_RANDOM])
     if workload.device.type == "cuda":
         torch.cuda.set_rng_state(optimizer[_CUDA_RANDOM], workload.device)
@@ -155,6 +158,8 @@ def _trainable(workload: Workload) -> dict[str, Tensor]:
 
 def _optimizer_state(workload: Workload) -> dict[str, Tensor]:
     state = {**workload.optimizer.state_dict(), _RANDOM: torch.get_rng_state()}
+    if workload.loss_scale is not None:
+        state[_LOSS_SCALE] = workload.loss_scale.state()
     if workload.device.type == "cuda":
         state[_CUDA_RANDOM] = torch.cuda.get_rng_state(workload.device)
     return state

@@ -177,11 +177,16 @@ def _step(job: Run, workload: Workload, history: _History, steps: int) -> None:
     history.step_seconds.append(time.perf_counter() - started)
     history.losses.append(loss)
     _check_number(loss, f"the loss of step {step + 1}")
+    if workload.loss_scale is not None and workload.loss_scale.exhausted:
+        raise UsageError(
+            f"gradients of step {step + 1} overflow FP16 at every loss scale down to 1: the run has diverged, or the "
+            'model needs a wider range; take precision.weights = "bf16" and precision.compute = "bf16"'
+        )
 
 
 def _record(job: Run, workload: Workload, history: _History, meter: RealMeter, steps: int) -> StepRecord:
     """What is known after the step that was just done; evaluates when it is time to."""
-    step, training = len(history.losses), job.recipe.training
+    step, training, scale = len(history.losses), job.recipe.training, workload.loss_scale
     _, allocated_bytes = history.measure(meter)
     history.eval_loss = None
     if job.held is not None and (step == steps or (training.evaluate_every and step % training.evaluate_every == 0)):
@@ -197,6 +202,8 @@ def _record(job: Run, workload: Workload, history: _History, meter: RealMeter, s
         peak_bytes=history.peak.allocated_bytes,
         seconds_left=(steps - step) * statistics.median(history.step_seconds[-_RECENT_STEPS:]),
         eval_loss=history.eval_loss,
+        loss_scale=None if scale is None else scale.value,
+        skipped=scale is not None and scale.skipped,
     )
 
 

@@ -28,6 +28,10 @@ class StepRecord:
     seconds_left: float
     eval_loss: float | None = None
     """Mean loss on the evaluation data, where it was measured after this step."""
+    loss_scale: float | None = None
+    """Of the next step, where the recipe computes in FP16."""
+    skipped: bool = False
+    """A gradient overflowed, so the weights stayed as they were."""
 
 
 class Metrics:
@@ -64,6 +68,8 @@ class Metrics:
         }
         if record.eval_loss is not None:
             values["eval_loss"] = record.eval_loss
+        if record.loss_scale is not None:
+            values |= {"loss_scale": record.loss_scale, "skipped": float(record.skipped)}
         self._file.write(json.dumps({"step": record.step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

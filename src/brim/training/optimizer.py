@@ -45,12 +45,14 @@ class Stepper:
         for optimizer in self._optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate
 
-    def step(self) -> None:
-        """One update from the gradients there are; afterwards no parameter has one."""
+    def step(self, factor: float = 1.0) -> None:
+        """One update from the gradients there are, each times `factor`; afterwards no parameter has one."""
         if self._one_by_one:
             for index in range(len(self._parameters)):
-                self._step_one(index)
+                self._step_one(index, factor)
             return
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], factor)
         self._optimizers[0].step()
         self._optimizers[0].zero_grad(set_to_none=True)
 
@@ -62,13 +64,21 @@ class Stepper:
         owners.claim("optimizer", self._optimizers[index].state[self._stepped(index)].values())
         owners.switch("activations")
 
-    def _step_one(self, index: int) -> None:
+    def discard_gradients(self) -> None:
+        """Free them without a step."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _step_one(self, index: int, factor: float = 1.0) -> None:
         parameter, stepped = self._parameters[index], self._stepped(index)
         if parameter.grad is None:
             return
         if self._masters:
             stepped.grad = parameter.grad.float()
             parameter.grad = None
+        if factor != 1.0:
+            assert stepped.grad is not None
+            stepped.grad.mul_(factor)
         self._optimizers[index].step()
         stepped.grad = None
         if self._masters:

@@ -8,6 +8,7 @@ from torch import Tensor
 from brim.memory import owners
 from brim.training.batches import Batch
 from brim.training.build import Workload
+from brim.training.loss_scale import norm_of, unscaling
 
 
 def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: float) -> Tensor:
@@ -18,19 +19,35 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
     num_targets = max(1, sum(batch.num_targets for batch in batches))
     workload.optimizer.set_learning_rate(learning_rate)
     total = torch.zeros((), dtype=torch.float32, device=workload.device)
+    scale = workload.loss_scale.value if workload.loss_scale is not None else 1.0
     for batch in batches:
-        total += _backward(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets)
+        total += _backward(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets / scale)
     owners.switch("workspace")
     trainable = [parameter for parameter in workload.model.parameters() if parameter.requires_grad]
     owners.claim("gradients", [parameter.grad for parameter in trainable if parameter.grad is not None])
-    if workload.recipe.optimizer.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(trainable, workload.recipe.optimizer.max_grad_norm)
-    workload.optimizer.step()
+    _update(workload, trainable)
     owners.claim("optimizer", workload.optimizer.tensors())
-    return total
+    return total / scale if scale != 1.0 else total
 
 
-def _backward(workload: Workload, batch: Batch, num_targets: int) -> Tensor:
+def _update(workload: Workload, trainable: Sequence[Tensor]) -> None:
+    """Clip and step; under loss scaling, skip the step when a gradient has overflowed."""
+    max_norm, scale = workload.recipe.optimizer.max_grad_norm, workload.loss_scale
+    if scale is None:
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(trainable, max_norm)
+        workload.optimizer.step()
+        return
+    norm = norm_of(parameter.grad for parameter in trainable if parameter.grad is not None)
+    factor = unscaling(norm, scale, max_norm=max_norm)
+    if factor is None:
+        workload.optimizer.discard_gradients()
+    else:
+        workload.optimizer.step(factor)
+    scale.update(finite=factor is not None)
+
+
+def _backward(workload: Workload, batch: Batch, num_targets: float) -> Tensor:
     """This micro-batch's share of the mean loss; its gradients are added up in the parameters."""
     loss = batch_loss(workload, batch, num_targets)
     loss.backward()
@@ -38,7 +55,7 @@ def _backward(workload: Workload, batch: Batch, num_targets: int) -> Tensor:
     return loss.detach()
 
 
-def batch_loss(workload: Workload, batch: Batch, num_targets: int) -> Tensor:
+def batch_loss(workload: Workload, batch: Batch, num_targets: float) -> Tensor:
     """This micro-batch's share of the mean loss over `num_targets` tokens."""
     owners.switch("activations")
     with workload.autocast():
