@@ -42,8 +42,8 @@ What the rehearsal does not see, and how much it is:
 
 - **Numbers that autograd keeps**: 8 bytes for each multiplication of a tensor that needs a gradient by a Python number
   (an adapter's scale, attention's scale): the few hundred bytes in most rows with LoRA.
-- **Scratch memory of BF16 and FP16 matmuls**: on a CPU oneDNN packs operands into memory that it takes from the allocator and
-  gives back before the operator returns; how much depends on the processor, at most about one operand.
+- **Scratch memory of BF16 and FP16 matmuls**: on a CPU oneDNN packs operands into memory that it takes from the
+  allocator and gives back before the operator returns; how much depends on the processor, at most about one operand.
 - **Casts inside an operator**: on a CPU, an elementwise operator on two formats (BF16 and FP32) casts one operand into
   memory of its own until it returns.
 
