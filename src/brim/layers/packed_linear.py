@@ -1,0 +1,74 @@
+"""A linear layer whose frozen weight stays packed in memory, forward and backward.
+
+Each matmul makes the weight anew and drops it; nothing of the weight's size is kept for backward, and since the weight
+is not trained, neither is the input.
+
+How this differs from bitsandbytes' Linear4bit: it can be built on meta and fake tensors, holds any `Packing`, and says
+what it holds as plain buffers. Shapes: R outputs, K inputs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from brim.layers.packing import Packing, Tensors
+
+
+class PackedLinear(nn.Linear):
+    """`nn.Linear` to whoever asks (PEFT does), with `weight` the packed codes and the rest beside it."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: nn.Parameter | None,
+        packing: Packing,
+        compute: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = inputs, outputs
+        self.packing, self.compute = packing, compute
+        layout = packing.layout(outputs, inputs, compute)
+        self._held = tuple(layout)
+        for name, (shape, dtype) in layout.items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        self.bias = bias  # type: ignore[assignment]  # nn.Linear's own says Parameter
+
+    @property
+    def held(self) -> Tensors:
+        """What holds the weight, by name."""
+        return {name: self._buffers[name] for name in self._held}  # type: ignore[misc]  # none of ours is None
+
+    def pack(self, weight_RK: Tensor) -> None:
+        """Hold this weight from now on."""
+        for name, tensor in self.packing.pack(weight_RK.to(self.compute)).items():
+            setattr(self, name, tensor)
+
+    def unpacked(self) -> Tensor:
+        """weight_RK in the compute format, anew."""
+        return self.packing.unpack(self.held, self.out_features, self.in_features, self.compute)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """In the compute format, and back in the input's."""
+        bias = None if self.bias is None else self.bias.to(self.compute)
+        result: Tensor = _PackedProduct.apply(input.to(self.compute), bias, self)  # type: ignore[no-untyped-call]
+        return result.to(input.dtype)
+
+
+class _PackedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias_R: Tensor | None, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(input, layer.unpacked(), bias_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        layer: PackedLinear = ctx.layer
+        grad_input = grad @ layer.unpacked() if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_input, grad_bias, None

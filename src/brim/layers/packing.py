@@ -1,0 +1,161 @@
+"""How a frozen weight is held packed: NF4 as bitsandbytes holds it, INT8 by output channel, INT4 by group.
+
+A packing names its tensors with their shapes, makes them of a weight, and makes the weight of them. What is made anew
+for each matmul is one tensor of the weight's shape in the compute format, and for NF4 the FP32 scales of its blocks
+beside it: on a GPU exactly what bitsandbytes allocates, so that a run of QLoRA is rehearsed to the byte.
+
+NF4 runs in bitsandbytes' operators (they exist for CPUs too, and know fake tensors); its own modules quantize when they
+are moved to a device, which fake ones never are. Integers run in torch's operators.
+
+Shapes: R outputs, K inputs, N = R * K elements, A blocks of 64 of them, S scales of a row (K / group).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from bitsandbytes.functional import create_dynamic_map
+from torch import Tensor
+
+from brim.errors import RecipeError
+from brim.numerics.encode import absmax_scale
+from brim.numerics.formats import FORMATS, NF4_GRID
+
+Tensors = Mapping[str, Tensor]
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Name -> shape and dtype."""
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+# At import: a fake mode, which may be on at the first use, would not give numbers.
+_NESTED_CODE: tuple[float, ...] = tuple(create_dynamic_map().tolist())
+
+
+class Packing(Protocol):
+    """A format's way of holding a weight. `weight` is the packed codes' name; PEFT looks for it."""
+
+    def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
+        """The tensors that hold a weight of this shape whose matmuls run in `dtype`. Raises RecipeError."""
+
+    def pack(self, weight_RK: Tensor) -> Tensors:
+        """The tensors that hold this weight, whose dtype is the one that matmuls run in."""
+
+    def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        """weight_RK in `dtype`, anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nf4:
+    """4-bit codes of a normal distribution's quantiles, an absmax for each 64 elements (QLoRA, arXiv:2305.14314).
+
+    `nested`: each absmax is 8 bits about their mean, with an FP32 absmax for 256 of them (double quantization).
+    """
+
+    nested: bool
+
+    def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
+        numel = rows * inputs
+        blocks = -(-numel // _BLOCK)
+        held: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": (((numel + 1) // 2, 1), torch.uint8),
+            "absmax": ((blocks,), torch.uint8 if self.nested else torch.float32),
+            "code": ((len(NF4_GRID),), torch.float32),
+        }
+        if self.nested:
+            held["nested_absmax"] = ((-(-blocks // _NESTED_BLOCK),), torch.float32)
+            held["nested_code"] = ((len(_NESTED_CODE),), torch.float32)
+            held["offset"] = ((), torch.float32)
+        return held
+
+    def pack(self, weight_RK: Tensor) -> Tensors:
+        codes, absmax_A = torch.ops.bitsandbytes.quantize_4bit(weight_RK, _BLOCK, "nf4", torch.uint8)
+        held = {"weight": codes, "absmax": absmax_A, "code": _table(NF4_GRID, weight_RK)}
+        if self.nested:
+            offset, code = absmax_A.mean(), _table(_NESTED_CODE, weight_RK)
+            absmax_A, nested_absmax = torch.ops.bitsandbytes.quantize_blockwise(absmax_A - offset, code, _NESTED_BLOCK)
+            held |= {"absmax": absmax_A, "nested_absmax": nested_absmax, "nested_code": code, "offset": offset}
+        return held
+
+    def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        absmax_A = held["absmax"]
+        if self.nested:
+            absmax_A = torch.ops.bitsandbytes.dequantize_blockwise(
+                absmax_A, held["nested_absmax"], held["nested_code"], _NESTED_BLOCK, torch.float32
+            )
+            absmax_A += held["offset"]
+        # As one row: bitsandbytes 0.50.2 on a CPU with AVX-512 scales blocks that reach past a row's end by another
+        # block's absmax (any K that is not a multiple of 64); a test holds every shape.
+        weight_N: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            held["weight"], absmax_A, _BLOCK, "nf4", (1, rows * inputs), dtype
+        )
+        return weight_N.view(rows, inputs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8:
+    """Codes of 8 bits and a scale for each output. The scale is in the compute format: no FP32 product is made."""
+
+    def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
+        return {"weight": ((rows, inputs), torch.int8), "scale": ((rows, 1), dtype)}
+
+    def pack(self, weight_RK: Tensor) -> Tensors:
+        codes, scale = _encode(weight_RK, "int8", weight_RK.shape[1])
+        return {"weight": codes, "scale": scale}
+
+    def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        return held["weight"].to(dtype).mul_(held["scale"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int4:
+    """Symmetric codes of 4 bits, eight in an int32 along a row, and a scale for each group of inputs.
+
+    As compressed-tensors' pack-quantized holds them; GPTQ packs down a column, in as many bytes.
+    """
+
+    group_size: int
+
+    def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
+        if inputs % self.group_size or inputs % 8:
+            fitting = min(128, inputs & -inputs)
+            nearest = f"precision.group_size = {fitting}" if fitting >= 8 else 'precision.weights = "nf4"'
+            raise RecipeError(
+                f"precision.group_size = {self.group_size} does not divide a linear layer's {inputs} inputs into whole "
+                f"groups and words; nearest: {nearest}"
+            )
+        return {
+            "weight": ((rows, inputs // 8), torch.int32),
+            "scale": ((rows, inputs // self.group_size), dtype),
+        }
+
+    def pack(self, weight_RK: Tensor) -> Tensors:
+        codes_RK, scale_RS = _encode(weight_RK, "int4", self.group_size)
+        nibbles_RK = (codes_RK + 8).to(torch.uint8)
+        return {"weight": (nibbles_RK[:, ::2] | nibbles_RK[:, 1::2] << 4).view(torch.int32), "scale": scale_RS}
+
+    def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        pairs = held["weight"].view(torch.uint8)  # little-endian: the lower nibble is the earlier input
+        weight = torch.empty(rows, inputs // 2, 2, dtype=dtype, device=pairs.device)
+        weight[..., 0] = pairs & 15
+        weight[..., 1] = pairs >> 4
+        groups = weight.sub_(8).view(rows, -1, self.group_size)
+        return groups.mul_(held["scale"][..., None]).view(rows, inputs)
+
+
+def _encode(weight_RK: Tensor, format: str, group_size: int) -> tuple[Tensor, Tensor]:
+    """`numerics.encode_integer` without its count, for which it reads numbers: fake tensors have none."""
+    low, high = FORMATS[format].codes
+    groups = weight_RK.float().unflatten(-1, (-1, group_size))
+    scale = absmax_scale(groups, largest_code=high, dtype=weight_RK.dtype)
+    codes = (groups / scale.float()).round_().clamp_(low, high).to(torch.int8)
+    return codes.view(weight_RK.shape), scale.squeeze(-1)
+
+
+def _table(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
+
+
+def held_bytes(packing: Packing, rows: int, inputs: int, dtype: Any) -> int:
+    """Bytes of the tensors that hold a weight of this shape."""
+    layout = packing.layout(rows, inputs, dtype).values()
+    return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in layout)
