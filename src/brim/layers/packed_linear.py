@@ -19,6 +19,9 @@ from brim.layers.packing import Packing, Tensors
 class PackedLinear(nn.Linear):
     """`nn.Linear` to whoever asks (PEFT does), with `weight` the packed codes and the rest beside it."""
 
+    _is_hf_initialized: bool
+    """transformers' mark: its initializers, which want floats, keep away."""
+
     def __init__(
         self,
         inputs: int,
@@ -28,8 +31,11 @@ class PackedLinear(nn.Linear):
         packing: Packing,
         compute: torch.dtype,
         device: torch.device,
+        transposed: bool = False,
     ) -> None:
         nn.Module.__init__(self)
+        self.transposed = transposed
+        """Whether files hold the weight as K x R (GPT-2 does); here it is R x K."""
         self.in_features, self.out_features = inputs, outputs
         self.packing, self.compute = packing, compute
         layout = packing.layout(outputs, inputs, compute)

@@ -5,10 +5,12 @@ speaks for a run on the second.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +20,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from brim.errors import ModelFileError, UsageError
 from brim.models.spec import ModelSpec, Task
@@ -31,8 +34,27 @@ _CLASSES: dict[Task, Any] = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Swap(Protocol):
+    """Other modules in the place of some, from the start: those replaced never have memory of their own."""
+
+    def swap(self, model: PreTrainedModel) -> None:
+        """Replace modules of a model that is on the meta device."""
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Give the new modules random weights on the current device."""
+
+    def loading(self) -> QuantizationConfigMixin:
+        """What makes transformers' loader swap, and hand each weight of theirs to the new modules as it reads it."""
+
+
 def skeleton(
-    spec: ModelSpec, *, dtype: str, attention: str, task: Task | None = None, num_labels: int | None = None
+    spec: ModelSpec,
+    *,
+    dtype: str,
+    attention: str,
+    task: Task | None = None,
+    num_labels: int | None = None,
+    swap: Swap | None = None,
 ) -> PreTrainedModel:
     """The model with random weights on the current device; inside a fake mode, with fake ones.
 
@@ -40,11 +62,20 @@ def skeleton(
     Raises UsageError for a family that transformers does not know, or knows no such head for.
     """
     config = _config_of(spec, num_labels)
-    model = _class_of(spec, config, task or spec.task).from_config(
-        config, dtype=DTYPES[dtype], attn_implementation=attention
-    )
+    model_class = _class_of(spec, config, task or spec.task)
+    settings = {"dtype": DTYPES[dtype], "attn_implementation": attention}
+    if swap is None:
+        model: PreTrainedModel = model_class.from_config(config, **settings)
+    else:
+        with unset_fake_temporarily(), _disable_current_modes(), torch.device("meta"):
+            model = model_class.from_config(config, **settings)
+            swap.swap(model)
     if not spec.tied_head:
         _untie_head(model)
+    if swap is not None:
+        _materialize(model)
+        swap.fill(model)
+        model.initialize_weights()
     return model
 
 
@@ -87,6 +118,7 @@ def load(
     attention: str,
     task: Task | None = None,
     num_labels: int | None = None,
+    swap: Swap | None = None,
 ) -> PreTrainedModel:
     """The model with the weights of this directory, each tensor in storage of its own on the CPU.
 
@@ -95,7 +127,9 @@ def load(
     transformers may leave tensors in the mapped file; copying each (one at a time) makes them memory that the
     allocator knows and that training may write to.
     """
-    auto, labels = _CLASSES[task or spec.task], {} if num_labels is None else {"num_labels": num_labels}
+    auto, settings = _CLASSES[task or spec.task], {} if num_labels is None else {"num_labels": num_labels}
+    if swap is not None:
+        settings["quantization_config"] = swap.loading()
     try:
         model = auto.from_pretrained(
             directory,
@@ -103,13 +137,34 @@ def load(
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
-            **labels,
+            **settings,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelFileError(f"{directory}: transformers cannot load it: {error}") from error
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    if swap is not None:
+        model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def _materialize(model: PreTrainedModel) -> None:
+    """Memory on the current device for what is on meta, ties kept; it counts as not initialized."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the old tensor too: its identity is not to be given out again
+
+    def there(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = tensor, nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        return made[id(tensor)][1]
+
+    for module in model.modules():
+        module._is_hf_initialized = False  # transformers' own mark
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    tensors[name] = there(tensor)
 
 
 def _untie_head(model: PreTrainedModel) -> None:

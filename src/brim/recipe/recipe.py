@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 import tomli_w
 
@@ -53,6 +53,19 @@ class Recipe:
         """Tokens that one optimizer step reads; source and target counted together."""
         row = self.seq_len + (self.target_len if self.task == "seq2seq-lm" else 0)
         return row * self.micro_batch_size * self.grad_accumulation
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained beside a frozen base."""
+        return self.method in ("lora", "qlora")
+
+    @property
+    def plain_format(self) -> Literal["fp32", "bf16", "fp16"]:
+        """Of all that is not packed: every weight, or a packed base's embeddings, norms and head; and of adapters."""
+        weights = self.precision.weights
+        if weights == "int8" or weights == "nf4" or weights == "int4":
+            return "fp32" if self.library.frozen == "fp32" else self.precision.compute
+        return weights
 
     @property
     def target_len(self) -> int:

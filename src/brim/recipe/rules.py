@@ -12,7 +12,7 @@ _AT_LEAST = {
     "seq_len": 2, "target_seq_len": 0, "num_labels": 2, "micro_batch_size": 1, "grad_accumulation": 1,
     "training.epochs": 1, "training.max_steps": 0, "training.warmup_steps": 0, "training.save_every": 0,
     "training.evaluate_every": 0, "training.seed": 0,
-    "lora.rank": 1, "lora.alpha": 1,
+    "lora.rank": 1, "lora.alpha": 1, "precision.group_size": 8,
     "parallel.nodes": 1, "parallel.devices_per_node": 1, "parallel.tensor": 1, "parallel.pipeline": 1,
     "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0,
 }  # fmt: skip
@@ -33,7 +33,7 @@ def check_ranges(recipe: "Recipe") -> None:
 
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
-    ("method", frozenset({"full", "lora"}), "lora", "low-precision bases are not built"),
+    ("method", frozenset({"full", "lora", "qlora"}), "lora", "fake quantization is not built"),
     (
         "optimizer.name",
         frozenset({"adamw", "adafactor", "sgd", "lion"}),
@@ -42,12 +42,6 @@ _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
     ),
     ("memory.attention", frozenset({"eager", "sdpa"}), "sdpa", "FlashAttention's own package is not used"),
     ("memory.offload", frozenset({"none"}), "none", "everything stays on one device"),
-    (
-        "precision.weights",
-        frozenset({"fp32", "bf16", "fp16"}),
-        "bf16",
-        "integers need a quantized base, which is not built",
-    ),
     ("parallel.nodes", frozenset({1}), "1", "a run uses one device"),
     ("parallel.devices_per_node", frozenset({1}), "1", "a run uses one device"),
     ("parallel.sharding", frozenset({"none"}), "none", "a run uses one device"),
@@ -70,13 +64,14 @@ def check_runs(recipe: "Recipe") -> None:
             raise RecipeError(f"{key} = {value} cannot run in this version ({why}); nearest: {key} = {nearest}")
     _check_in_backward(recipe)
     _check_fp16(recipe)
+    _check_packed(recipe)
     library = recipe.library
     if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
         raise RecipeError(
             f'library.loss = "{library.loss}" is a full loss of causal language models; nearest: library.loss = "brim"'
         )
     foreach = recipe.optimizer.name == "adamw" and library.adamw == "foreach"
-    if foreach and recipe.precision.master == "fp32" and recipe.precision.weights != "fp32":
+    if foreach and recipe.precision.master == "fp32" and recipe.plain_format != "fp32":
         raise RecipeError(
             'library.adamw = "foreach" steps all parameters at once, precision.master = "fp32" one by one; '
             'nearest: library.adamw = "fused"'
@@ -97,12 +92,26 @@ def _check_fp16(recipe: "Recipe") -> None:
             "optimizer.in_backward = true steps before it is known whether a gradient has overflowed FP16; "
             'nearest: precision.weights = "bf16", precision.compute = "bf16"'
         )
-    fp32_adapters = recipe.method == "lora" and recipe.library.adapters == "fp32"
-    if recipe.precision.weights == "fp16" and recipe.precision.master == "none" and not fp32_adapters:
+    fp32_adapters = recipe.adapts and recipe.library.adapters == "fp32"
+    if recipe.plain_format == "fp16" and recipe.precision.master == "none" and not fp32_adapters:
         raise RecipeError(
             "trained weights and optimizer states in FP16 lose every update and second moment below 6e-8, its "
             'smallest number; nearest: precision.master = "fp32", or precision.weights = "bf16" and '
             'precision.compute = "bf16"'
+        )
+
+
+def _check_packed(recipe: "Recipe") -> None:
+    weights, packed = recipe.precision.weights, recipe.precision.packed
+    if recipe.method == "qlora" and not packed:
+        raise RecipeError(
+            f'method = "qlora" adapts a packed base, and precision.weights = "{weights}" is not packed; '
+            'nearest: precision.weights = "nf4", or method = "lora"'
+        )
+    if packed and recipe.method != "qlora":
+        raise RecipeError(
+            f'precision.weights = "{weights}" is a format of frozen weights (codes take no gradient), and method = '
+            f'"{recipe.method}" is for weights that matmuls run in; nearest: method = "qlora"'
         )
 
 
@@ -124,9 +133,15 @@ def _check_in_backward(recipe: "Recipe") -> None:
 def without_effect(recipe: "Recipe") -> list[str]:
     """Settings that change nothing in this recipe, each with why."""
     found = []
-    if recipe.precision.weights == "fp32" and recipe.precision.master == "fp32":
+    if recipe.plain_format == "fp32" and recipe.precision.master == "fp32":
         found.append('precision.master = "fp32" has no effect: the weights are FP32 already')
-    if recipe.method != "lora" and recipe.lora != Lora():
+    if not recipe.precision.double_quant and recipe.precision.weights != "nf4":
+        found.append(f'precision.double_quant has no effect: precision.weights is "{recipe.precision.weights}"')
+    if recipe.precision.group_size != 128 and recipe.precision.weights != "int4":
+        found.append(f'precision.group_size has no effect: precision.weights is "{recipe.precision.weights}"')
+    if recipe.library.frozen == "fp32" and not recipe.precision.packed:
+        found.append(f'library.frozen has no effect: precision.weights is "{recipe.precision.weights}"')
+    if not recipe.adapts and recipe.lora != Lora():
         found.append(f'[lora] has no effect: method is "{recipe.method}"')
     if recipe.method != "qat" and recipe.qat != Qat():
         found.append(f'[qat] has no effect: method is "{recipe.method}"')
@@ -134,7 +149,7 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'library.cross_entropy has no effect: library.loss is "{recipe.library.loss}"')
     if recipe.optimizer.name != "adamw" and recipe.library.adamw != "fused":
         found.append(f'library.adamw has no effect: optimizer.name is "{recipe.optimizer.name}"')
-    if recipe.method != "lora" and recipe.library.adapters != "weights":
+    if not recipe.adapts and recipe.library.adapters != "weights":
         found.append(f'library.adapters has no effect: method is "{recipe.method}"')
     if recipe.task != "seq2seq-lm" and recipe.target_seq_len:
         found.append(f'target_seq_len has no effect: task is "{recipe.task}"')

@@ -9,12 +9,22 @@ Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    weights: Literal["fp32", "bf16", "fp16", "int8", "nf4"] = "bf16"
-    """As stored on the device."""
+    weights: Literal["fp32", "bf16", "fp16", "int8", "nf4", "int4"] = "bf16"
+    """As stored on the device. Packed ones (int8, nf4, int4) are a frozen base's linear layers; embeddings, norms and
+    head stay in the compute format."""
     compute: Literal["fp32", "bf16", "fp16"] = "bf16"
     """What matmuls run in."""
     master: Literal["fp32", "none"] = "none"
     """Copy of the trainable weights that the optimizer keeps and updates."""
+    double_quant: bool = True
+    """The scales of nf4's blocks are themselves held in 8 bits (QLoRA's double quantization)."""
+    group_size: int = 128
+    """Inputs that share a scale of int4 weights."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether the base's linear layers are held in a format that no matmul runs in."""
+        return self.weights in ("int8", "nf4", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +91,9 @@ class Library:
     """foreach is PyTorch's default on a GPU: its temporaries are as large as the parameters."""
     adapters: Literal["weights", "fp32"] = "weights"
     """Format of adapters: of the weights, or FP32 (PEFT's `autocast_adapter_dtype`, its default)."""
+    frozen: Literal["compute", "fp32"] = "compute"
+    """Format of what a packed base keeps unpacked (embeddings, norms, head): the compute format, or FP32, as PEFT's
+    `prepare_model_for_kbit_training` casts it (for bitsandbytes' formats; not for GPTQ)."""
     norm: Literal["operators", "fused"] = "operators"
     """fused: RMS norms keep their input as it is and one number a row, as Liger's and unsloth's kernels do."""
 

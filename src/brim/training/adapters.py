@@ -3,13 +3,16 @@
 import warnings
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from brim.errors import RecipeError, did_you_mean
 from brim.models import ModelSpec
+from brim.models.skeleton import DTYPES
 from brim.recipe import Recipe
 from brim.training.head import classifier_name
 
@@ -46,7 +49,17 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         # transformers 5.23 renames its checkpointing methods; PEFT 0.21 still calls the old ones.
         warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
         model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=recipe.library.adapters == "fp32")
+    if recipe.precision.packed and recipe.library.adapters != "fp32":
+        _cast_adapters(model, DTYPES[recipe.plain_format])
     return model
+
+
+def _cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """PEFT gives adapters their layer's format; beside codes it leaves them in FP32."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_A.to(dtype)
+            module.lora_B.to(dtype)
 
 
 def save_adapter(model: PeftModel, spec: ModelSpec, directory: Path) -> None:

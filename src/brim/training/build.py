@@ -19,6 +19,7 @@ from brim.training.fused_norm import fuse_norms
 from brim.training.head import OutputHead
 from brim.training.loss_scale import LossScale
 from brim.training.optimizer import Stepper
+from brim.training.packed_base import PackedBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +43,9 @@ class Workload:
 
     def autocast(self) -> AbstractContextManager[object]:
         """16-bit matmuls over FP32 weights, when the recipe asks for them."""
-        precision = self.recipe.precision
-        if precision.weights == "fp32" and precision.compute != "fp32":
-            return torch.autocast(self.device.type, dtype=DTYPES[precision.compute])
+        compute = self.recipe.precision.compute
+        if self.recipe.plain_format == "fp32" and compute != "fp32":
+            return torch.autocast(self.device.type, dtype=DTYPES[compute])
         return nullcontext()
 
 
@@ -52,8 +53,8 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     """A recipe's model and optimizer on a device; inside a fake mode, fake ones.
 
     `weights` is a directory in Hugging Face form; without it the weights are random. The order: weights in their
-    stored format -> device -> adapters (they take the base's format and place) -> checkpointing (it must see the
-    final blocks) -> optimizer (it must see the final parameters).
+    stored format, packed one by one as they come -> device -> adapters (they take the base's format and place) ->
+    checkpointing (it must see the final blocks) -> optimizer (it must see the final parameters).
 
     Raises RecipeError when the recipe does not go with the model.
     """
@@ -66,7 +67,7 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     if recipe.library.norm == "fused":
         fuse_norms(base)
     model: nn.Module = base
-    if recipe.method == "lora":
+    if recipe.adapts:
         model = add_lora(base, recipe)
     checkpoint_blocks(base, recipe.memory.activation_checkpointing)
     model.train()
@@ -75,7 +76,7 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     optimizer = Stepper(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         recipe.optimizer,
-        fp32_master=recipe.precision.master == "fp32" and recipe.precision.weights != "fp32",
+        fp32_master=recipe.precision.master == "fp32" and recipe.plain_format != "fp32",
         fused=recipe.library.adamw == "fused",
     )
     owners.claim("optimizer", optimizer.tensors())
@@ -112,10 +113,11 @@ def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
 
 
 def _model(recipe: Recipe, spec: ModelSpec, weights: Path | None, device: torch.device) -> PreTrainedModel:
-    dtype, attention, task = recipe.precision.weights, recipe.memory.attention, recipe.task
+    dtype, attention, task = recipe.plain_format, recipe.memory.attention, recipe.task
+    swap = PackedBase(recipe) if recipe.precision.packed else None
     num_labels = recipe.num_labels if task == "sequence-classification" else None
     if weights is None:
         with device:
-            return skeleton(spec, dtype=dtype, attention=attention, task=task, num_labels=num_labels)
-    model = load(spec, weights, dtype=dtype, attention=attention, task=task, num_labels=num_labels)
+            return skeleton(spec, dtype=dtype, attention=attention, task=task, num_labels=num_labels, swap=swap)
+    model = load(spec, weights, dtype=dtype, attention=attention, task=task, num_labels=num_labels, swap=swap)
     return model if device.type == "cpu" else model.to(device)

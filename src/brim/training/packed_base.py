@@ -1,0 +1,150 @@
+"""A frozen base whose linear layers are packed as they are made or loaded: it never exists whole in 16 bits.
+
+transformers' loader reads tensor by tensor when it quantizes, and lets others bring their own quantizer: ours packs
+each weight as it comes, whatever the family calls it in its files.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from brim.errors import RecipeError
+from brim.layers.packed_linear import PackedLinear
+from brim.layers.packing import Int4, Int8, Nf4, Packing
+from brim.layers.swap import swap
+from brim.models.skeleton import DTYPES
+from brim.recipe import Precision, Recipe
+from brim.training.head import classifier_name
+
+_METHOD = "brim-packed"
+_STD = 0.02
+
+
+class PackedBase:
+    """Which modules are packed and how. Left alone, as bitsandbytes leaves them: the head, weights that are shared,
+    and what the family keeps in FP32 (T5's `wo`).
+
+    Shapes: R outputs, K inputs.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._packing = packing_of(recipe.precision)
+        self._compute = DTYPES[recipe.precision.compute]
+        self._classifies = recipe.task == "sequence-classification"
+
+    def swap(self, model: PreTrainedModel) -> None:
+        """Raises RecipeError where there is nothing to pack."""
+        head = getattr(model, classifier_name(model)) if self._classifies else model.get_output_embeddings()
+        inside = set() if head is None else set(head.modules())
+        kept = set(model._keep_in_fp32_modules or ())
+        holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
+
+        def match(name: str, module: nn.Module) -> bool:
+            if not isinstance(module, Conv1D) and type(module) is not nn.Linear:
+                return False
+            return module not in inside and not kept & set(name.split(".")) and holders[id(module.weight)] == 1
+
+        if not swap(model, match=match, make=self._packed):
+            raise RecipeError(
+                f"{type(model).__name__} has no linear layer to pack: "
+                'nearest: method = "lora", precision.weights = "bf16"'
+            )
+
+    def _packed(self, module: nn.Module) -> nn.Module:
+        assert isinstance(module, nn.Linear | Conv1D)
+        transposed = isinstance(module, Conv1D)
+        rows, inputs = reversed(module.weight.shape) if transposed else module.weight.shape
+        return PackedLinear(
+            inputs, rows, bias=module.bias, packing=self._packing, compute=self._compute, device=module.weight.device,
+            transposed=transposed,
+        )  # fmt: skip
+
+    def fill(self, model: PreTrainedModel) -> None:
+        for layer in _packed_layers(model):
+            layer.pack(torch.empty(layer.out_features, layer.in_features, dtype=layer.compute).normal_(std=_STD))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+            _initialized(layer)
+
+    def loading(self) -> QuantizationConfigMixin:
+        config = _Config()
+        config.base = self
+        return config
+
+
+def packing_of(precision: Precision) -> Packing:
+    """How this precision holds weights. Raises RecipeError for one that does not pack."""
+    match precision.weights:
+        case "nf4":
+            return Nf4(nested=precision.double_quant)
+        case "int8":
+            return Int8()
+        case "int4":
+            return Int4(group_size=precision.group_size)
+        case _:
+            raise RecipeError(f'precision.weights = "{precision.weights}" is not packed; packed: nf4, int8, int4')
+
+
+def _packed_layers(model: nn.Module) -> list[PackedLinear]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
+def _initialized(layer: PackedLinear) -> None:
+    """transformers' marks that keep its initializers, which want floats, away."""
+    layer._is_hf_initialized = True
+    layer.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+@register_quantization_config(_METHOD)
+class _Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """Carries the base through the loader."""
+
+    base: PackedBase
+
+    def __init__(self, **_: Any) -> None:
+        self.quant_method: Any = _METHOD
+
+
+@register_quantizer(_METHOD)
+class _Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Packs each weight when the loader has read it."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        self.quantization_config.base.swap(model)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        parent, _, name = param_name.rpartition(".")
+        return name != "bias" and isinstance(model.get_submodule(parent), PackedLinear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Pack()
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _Pack(ConversionOps):  # type: ignore[misc]
+    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **_: Any) -> dict[str, Tensor]:
+        converted: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            parent = name.rpartition(".")[0]
+            layer = model.get_submodule(parent)
+            assert isinstance(layer, PackedLinear)
+            weight_RK = weight.T.contiguous() if layer.transposed else weight
+            held = layer.packing.pack(weight_RK.to(layer.compute))
+            layer._is_hf_initialized = True
+            converted |= {f"{parent}.{key}": tensor for key, tensor in held.items()}
+        return converted
