@@ -37,6 +37,8 @@ CONFIGS = {
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=96, bos_token_id=0, eos_token_id=0,
     ),
     "llama": LlamaConfig(**_LLAMA_SHAPE, tie_word_embeddings=True),
+    # rows in whole blocks of NF4, which bitsandbytes' CPU kernel needs (layers/packing.py)
+    "llama-wide": LlamaConfig(**{**_LLAMA_SHAPE, "hidden_size": 64, "intermediate_size": 128}),
     "gemma2": Gemma2Config(**_GEMMA_SHAPE, final_logit_softcapping=3.0),
     "gemma3": Gemma3TextConfig(**_GEMMA_SHAPE),
     "granite": GraniteConfig(**_LLAMA_SHAPE, tie_word_embeddings=False, logits_scaling=4.0),

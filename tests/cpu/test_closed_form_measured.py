@@ -54,6 +54,12 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "memory": Memory(activation_checkpointing="full"),
     },
     "lora bf16, chunked": {"method": "lora", "memory": Memory(loss="chunked")},
+    "qlora, chunked": {"method": "qlora", "precision": Precision(weights="nf4"), "memory": Memory(loss="chunked")},
+    "qlora int8, checkpointed": {
+        "method": "qlora",
+        "precision": Precision(weights="int8"),
+        "memory": Memory(activation_checkpointing="full"),
+    },
     "lora fp32, checkpointed, accumulated": {
         "method": "lora",
         "precision": Precision(weights="fp32", compute="fp32"),

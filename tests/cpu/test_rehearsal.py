@@ -40,6 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 FP32 = ("precision.weights=fp32", "precision.compute=fp32")
 FP16 = ("precision.weights=fp16", "precision.compute=fp16")
 IN_BACKWARD = ("optimizer.in_backward=true", "optimizer.max_grad_norm=0.0")
+NF4 = ("method=qlora", "precision.weights=nf4")
 LEVERS: dict[str, tuple[str, ...]] = {
     "fp32": FP32,
     "bf16": (),
@@ -72,6 +73,13 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "in backward, checkpointed": (*IN_BACKWARD, "memory.activation_checkpointing=full", *FP32),
     "in backward, lora": (*IN_BACKWARD, "method=lora"),
     "adafactor, bf16": ("optimizer.name=adafactor",),
+    "qlora": (*NF4,),
+    "qlora, fp32": (*NF4, "precision.compute=fp32", "precision.double_quant=false"),
+    "qlora, checkpointed, chunked": (*NF4, "memory.activation_checkpointing=full", "memory.loss=chunked"),
+    "qlora, selective, master": (*NF4, "memory.activation_checkpointing=selective", "precision.master=fp32"),
+    "qlora as PEFT prepares it": (*NF4, "library.frozen=fp32", "library.adapters=fp32"),
+    "qlora, int8": ("method=qlora", "precision.weights=int8"),
+    "qlora, int4": ("method=qlora", "precision.weights=int4", "precision.group_size=32"),
     "fp16": (*FP16, "precision.master=fp32"),
     "fp16, no clipping": (*FP16, "precision.master=fp32", "optimizer.max_grad_norm=0.0"),
     "fp16, autocast": ("precision.weights=fp32", "precision.compute=fp16"),
@@ -146,7 +154,7 @@ def test_other_libraries_losses_take_their_real_peak(name: str, loss: str) -> No
     assert rehearse_trace(spec, recipe).peak_bytes == pytest.approx(profiled_peak(spec, recipe), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("levers", ["fp32", "bf16", "lora", "checkpointed", "chunked"])
+@pytest.mark.parametrize("levers", ["fp32", "bf16", "lora", "checkpointed", "chunked", "qlora"])
 def test_a_real_models_peak(levers: str) -> None:
     """SmolLM2-135M, all 30 layers, batch 2 x 256: the prediction is the real steps' peak within 0.1 %."""
     spec = describe("smollm2-135m")

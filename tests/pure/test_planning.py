@@ -237,6 +237,8 @@ def test_the_global_batch_is_kept(rows: int) -> None:
         "micro_batch_size=3",
         "grad_accumulation=5",
         "method=lora",
+        "precision.weights=nf4",
+        "precision.weights=int4",
         "lora.rank=4",
         "optimizer.learning_rate=0.001",
         "seq_len=77",
@@ -246,7 +248,8 @@ def test_a_pinned_key_holds_everywhere(pin: str) -> None:
     """Whatever is pinned with --set has that value in every candidate, and something else still varies."""
     found = candidates(SPEC, Constraints(settings=(pin,)))
     base = Recipe(model="small", precision=Precision(weights="fp32", compute="fp32"))
-    expected, key = base.with_settings([pin]), pin.partition("=")[0]
+    key = pin.partition("=")[0]
+    expected = base.with_settings(["method=qlora", pin] if pin.endswith(("nf4", "int4")) else [pin])
     for recipe in found:
         assert value_of(recipe, key) == value_of(expected, key)
     assert len(found) > 1
@@ -260,13 +263,15 @@ def test_candidates_are_distinct_and_warn_of_nothing() -> None:
     kinds = {(r.method, r.precision.weights, r.precision.compute, r.precision.master) for r in found}
     assert ("full", "fp32", "bf16", "none") in kinds
     assert ("lora", "fp32", "bf16", "none") not in kinds
+    assert {"nf4", "int8"} == {weights for method, weights, *_ in kinds if method == "qlora"}
+    assert not {"nf4", "int8"} & {weights for method, weights, *_ in kinds if method != "qlora"}
 
 
 @pytest.mark.parametrize(
     ("constraints", "message"),
     [
         (Constraints(settings=("precision.wieghts=fp32",)), "did you mean weights"),
-        (Constraints(settings=("precision.weights=int8",)), "cannot run"),
+        (Constraints(method="lora", settings=("precision.weights=int8",)), 'method = "qlora"'),
         (Constraints(method="full", settings=("method=lora",)), "both decide method"),
         (Constraints(seq_len=64, settings=("seq_len=32",)), "both decide seq_len"),
         (Constraints(global_batch_size=0), "the least is 1"),

@@ -190,12 +190,10 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
 @pytest.mark.parametrize(
     ("key", "value", "nearest"),
     [
-        ("method", "qlora", "method = lora"),
         ("method", "qat", "method = lora"),
         ("optimizer.name", "adamw8bit", "optimizer.name = adamw"),
         ("memory.attention", "flash", "memory.attention = sdpa"),
         ("memory.offload", "all", "memory.offload = none"),
-        ("precision.weights", "int8", "precision.weights = bf16"),
         ("parallel.nodes", 2, "parallel.nodes = 1"),
         ("parallel.sharding", "zero3", "parallel.sharding = none"),
     ],
@@ -206,6 +204,37 @@ def test_what_cannot_run_names_the_nearest_that_can(key: str, value: object, nea
         Recipe.from_dict({"model": MODEL} | nested(key, value))
     setting, _, text = nearest.partition(" = ")
     Recipe(model=MODEL).with_settings([f"{setting}={text}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        (("method=qlora",), ("method=lora",)),
+        (("method=qlora", "precision.weights=fp32"), ("precision.weights=nf4",)),
+        (("precision.weights=nf4",), ("method=qlora",)),
+        (("method=lora", "precision.weights=int4"), ("method=qlora",)),
+        (("method=lora", "precision.weights=int8"), ("method=qlora",)),
+    ],
+)
+def test_packed_weights_are_a_frozen_bases(settings: tuple[str, ...], nearest: tuple[str, ...]) -> None:
+    """Packed weights and qlora need each other; what the refusal names is accepted in their place."""
+    with pytest.raises(RecipeError) as refused:
+        Recipe(model=MODEL).with_settings(settings)
+    for setting in nearest:
+        key, _, value = setting.partition("=")
+        assert f'{key} = "{value}"' in str(refused.value)
+    assert Recipe(model=MODEL).with_settings([*settings, *nearest]).adapts
+
+
+def test_what_is_not_packed_is_in_the_compute_format() -> None:
+    """Embeddings, norms, head and adapters: as stored; beside packed layers as computed, or FP32 as PEFT casts them."""
+    plain = {("bf16", "bf16"): "bf16", ("fp32", "bf16"): "fp32", ("nf4", "bf16"): "bf16", ("nf4", "fp32"): "fp32"}
+    for (weights, compute), expected in plain.items():
+        method = "qlora" if weights == "nf4" else "full"
+        settings = [f"method={method}", f"precision.weights={weights}", f"precision.compute={compute}"]
+        assert Recipe(model=MODEL).with_settings(settings).plain_format == expected
+    as_peft = ["method=qlora", "precision.weights=nf4", "library.frozen=fp32"]
+    assert Recipe(model=MODEL).with_settings(as_peft).plain_format == "fp32"
 
 
 @pytest.mark.parametrize(

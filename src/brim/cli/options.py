@@ -18,7 +18,7 @@ DeviceName = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GPU that need not be here, as a100.")]
 Risk = Annotated[float, typer.Option(help="On a GPU: the share of published runs that may pass the upper bound.")]
 Memory = Annotated[str | None, typer.Option(help="Use at most this much, as 24GiB.")]
-Method = Annotated[str | None, typer.Option(help="full or lora.")]
+Method = Annotated[str | None, typer.Option(help="full, lora or qlora.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens of a row.")]
 MicroBatchSize = Annotated[int | None, typer.Option(help="Rows that go through the model at once.")]
 Settings = Annotated[
@@ -60,6 +60,8 @@ def recipe_of(
     recipe = _start(source)
     named = {"method": method, "seq_len": seq_len, "micro_batch_size": micro_batch_size}
     named_settings = [f"{key}={value}" for key, value in named.items() if value is not None]
+    if method == "qlora" and not recipe.precision.packed:
+        named_settings.append("precision.weights=nf4")
     recipe = recipe.with_settings([*named_settings, *(settings or [])])
     return recipe, describe(recipe.model)
 

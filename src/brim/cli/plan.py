@@ -29,7 +29,9 @@ def command(
     memory: Annotated[
         str | None, typer.Option(help="Budget, as 2GiB. Default: what is free now.", show_default=False)
     ] = None,
-    method: Annotated[Literal["auto", "full", "lora"], typer.Option(help="auto compares full and lora.")] = "auto",
+    method: Annotated[
+        Literal["auto", "full", "lora", "qlora"], typer.Option(help="auto compares the others.")
+    ] = "auto",
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a row. Default: 1024 or fewer.", show_default=False)
     ] = None,

@@ -1,5 +1,6 @@
 """What torch itself says to a terminal, kept from the user (of transformers: brim.models.quiet)."""
 
+import logging
 import os
 
 
@@ -10,3 +11,5 @@ def quiet_torch() -> None:
     (c10/core/CPUAllocator.cpp), once a process; delete this when it no longer does.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # bitsandbytes 0.50.2 warns at import, on CPUs with AVX512-BF16, of a kernel for inference that Brim does not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -34,6 +34,8 @@ class Family:
     dropout: float = 0.0
     """What transformers assumes where the config is silent."""
     attention_dropout: float = 0.0
+    unpacked: tuple[str, ...] = ()
+    """Linears that transformers keeps in FP32, so that a packed base leaves them alone."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -53,8 +55,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(norm="layer", gated=False, fused=True, bias=True, activation="gelu"),
     "opt": Family(norm="layer", gated=False, bias=True, positions=2, activation="relu", dropout=0.1),
-    "t5": Family(norm="rms-t5", gated=False, activation="relu", dropout=0.1, attention_dropout=0.1),
-    "mt5": Family(norm="rms-t5", gated=True, activation="gelu_new", dropout=0.1, attention_dropout=0.1),
+    "t5": Family(
+        norm="rms-t5", gated=False, activation="relu", dropout=0.1, attention_dropout=0.1, unpacked=("wo",),
+    ),
+    "mt5": Family(
+        norm="rms-t5", gated=True, activation="gelu_new", dropout=0.1, attention_dropout=0.1, unpacked=("wo",),
+    ),
 }  # fmt: skip
 
 

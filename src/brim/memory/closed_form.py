@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from brim.memory import kept
 from brim.memory.anatomy import Block, Stack, anatomy
 from brim.memory.kept import BF16, FP32, Terms
+from brim.memory.packed import packed_bytes, packed_linears
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
@@ -179,7 +180,12 @@ class _Step:
     @property
     def weights(self) -> int:
         """Parameters and adapters, in the stored format."""
-        return self.terms.weight_bytes * (self.spec.num_parameters + self.adapters)
+        plain, packed = self.spec.num_parameters + self.adapters, 0
+        if self.terms.packed:
+            for count, linear in packed_linears(self.terms.parts):
+                plain -= count * linear.inputs * linear.outputs
+                packed += count * packed_bytes(linear, self.recipe.precision)
+        return self.terms.weight_bytes * plain + packed
 
     @property
     def has_master(self) -> bool:
@@ -274,7 +280,12 @@ class _Step:
         freed = kept.feed_forward_bytes(feed, length, t)
         scores = (kept.score_gradient_bytes(attention, length, t) for attention in stack.block.attentions)
         masks = kept.mask_bytes(stack.block, length, t)
-        return max(through + masks, *(nbytes - freed for nbytes in scores))
+        return self.unpacked(stack) + max(through + masks, *(nbytes - freed for nbytes in scores))
+
+    def unpacked(self, stack: Stack) -> int:
+        """The largest weight of a packed base's block, made anew for a product."""
+        largest = max(linear.inputs * linear.outputs for linear in stack.block.linears)
+        return self.terms.compute_bytes * largest if self.terms.packed else 0
 
     def block_gradients(self, stack: Stack) -> int:
         linears = sum(line.num_parameters for line in stack.block.linears)

@@ -35,6 +35,8 @@ class Terms:
     """0 without adapters."""
     targets: tuple[str, ...]
     eager: bool
+    packed: bool
+    """Each linear's weight is made anew for its product."""
 
     @property
     def mixed(self) -> bool:
@@ -58,12 +60,13 @@ def terms(parts: Anatomy, recipe: Recipe) -> Terms:
         rows=recipe.micro_batch_size,
         source_len=recipe.seq_len if encoder_decoder else 0,
         target_len=recipe.target_len if encoder_decoder else recipe.seq_len,
-        weight_bytes=_BYTES[recipe.precision.weights],
+        weight_bytes=_BYTES[recipe.plain_format],
         compute_bytes=_BYTES[recipe.precision.compute],
         trains_base=recipe.method == "full",
-        rank=recipe.lora.rank if recipe.method == "lora" else 0,
+        rank=recipe.lora.rank if recipe.adapts else 0,
         targets=recipe.lora.targets,
         eager=recipe.memory.attention == "eager",
+        packed=recipe.precision.packed,
     )
 
 
@@ -121,7 +124,8 @@ def weight_cast_bytes(block: Block, t: Terms) -> int:
     """BF16 copies of FP32 weights under autocast; backward needs them, frozen or not."""
     if not t.mixed:
         return 0
-    return BF16 * (sum(line.num_parameters for line in block.linears) + t.adapter_parameters(block))
+    frozen = 0 if t.packed else sum(line.num_parameters for line in block.linears)
+    return BF16 * (frozen + t.adapter_parameters(block))
 
 
 def stack_bytes(stack: Stack, tokens: int, t: Terms) -> int:

@@ -18,6 +18,9 @@ ERROR_BAND = (-0.5, 1.0)
 _CHUNK_BYTES = 3 * 32 * 2**20
 """Logits, their FP32 copy and their gradient, of one chunk of the chunked loss."""
 
+_PACKED_BITS = {"nf4": 5, "int4": 5, "int8": 9}
+"""Of an element of a packed base, scales and norms counted in."""
+
 
 def closed_form_knows(spec: ModelSpec, recipe: Recipe) -> bool:
     """Whether `closed_form` and the roofline have rows for this model and head."""
@@ -60,7 +63,7 @@ class _Parts:
 
     @property
     def _weight_bytes(self) -> int:
-        return 4 if self.recipe.precision.weights == "fp32" else 2
+        return 4 if self.recipe.plain_format == "fp32" else 2
 
     @property
     def _compute_bytes(self) -> int:
@@ -69,7 +72,10 @@ class _Parts:
     @property
     def weights(self) -> int:
         adapters = 0 if self.recipe.method == "full" else trained_parameters(self.spec, self.recipe)
-        return self._weight_bytes * (self.spec.num_parameters + adapters)
+        tables = (1 if self.spec.tied_head else 2) * self.spec.vocab_size * self.spec.hidden_size
+        packed = max(0, self.spec.num_parameters - tables) if self.recipe.precision.packed else 0
+        held = packed * _PACKED_BITS.get(self.recipe.precision.weights, 0) // 8
+        return self._weight_bytes * (self.spec.num_parameters - packed + adapters) + held
 
     @property
     def gradients(self) -> int:

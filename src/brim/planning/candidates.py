@@ -20,17 +20,23 @@ _PRECISIONS: tuple[Settings, ...] = (
     {"precision.weights": "fp32", "precision.compute": "bf16", "precision.master": "none"},
     {"precision.weights": "bf16", "precision.compute": "bf16", "precision.master": "fp32"},
     {"precision.weights": "bf16", "precision.compute": "bf16", "precision.master": "none"},
+    {"precision.weights": "int8", "precision.compute": "bf16", "precision.master": "fp32"},
+    {"precision.weights": "int8", "precision.compute": "bf16", "precision.master": "none"},
+    {"precision.weights": "nf4", "precision.compute": "fp32", "precision.master": "none"},
+    {"precision.weights": "nf4", "precision.compute": "bf16", "precision.master": "fp32"},
+    {"precision.weights": "nf4", "precision.compute": "bf16", "precision.master": "none"},
 )
+_METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
 _CHECKPOINTING: tuple[Settings, ...] = tuple({"memory.activation_checkpointing": kind} for kind in ("none", "full"))
 _LOSS: tuple[Settings, ...] = tuple({"memory.loss": kind} for kind in ("full", "chunked"))
-_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
+_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
     """What the user has decided; the planner decides the rest."""
 
-    method: Literal["auto", "full", "lora"] = "auto"
+    method: Literal["auto", "full", "lora", "qlora"] = "auto"
     seq_len: int | None = None
     """None: 1024, or as many as the model knows positions if that is less."""
     global_batch_size: int | None = None
@@ -68,19 +74,18 @@ def candidates(spec: ModelSpec, constraints: Constraints) -> list[Recipe]:
 def base_recipe(spec: ModelSpec, constraints: Constraints) -> Recipe:
     """The user's settings over the planner's defaults."""
     seq_len = constraints.seq_len or min(_DEFAULT_SEQ_LEN, num_positions(spec) or _DEFAULT_SEQ_LEN)
-    method = "full" if constraints.method == "auto" else constraints.method
     recipe = Recipe(
         model=spec.name,
         task=spec.task,
-        method=method,
         seq_len=seq_len,
         num_labels=spec.num_labels,
         memory=Memory(attention=spec.attention),
     )
     refusal: RecipeError | None = None
-    for precision in reversed(_PRECISIONS):
+    methods = _METHODS if constraints.method == "auto" else (constraints.method,)
+    for method, precision in product(methods, reversed(_PRECISIONS)):
         # A pinned format may contradict one row and go with another.
-        row = [f"{key}={value}" for key, value in precision.items()]
+        row = [f"method={method}", *(f"{key}={value}" for key, value in precision.items())]
         try:
             return recipe.with_settings([*row, *constraints.settings])
         except RecipeError as error:
@@ -159,7 +164,7 @@ def value_of(recipe: Recipe, key: str) -> Any:
 def _methods(base: Recipe, constraints: Constraints) -> tuple[Settings, ...]:
     if "method" in constraints.pinned:
         return ({"method": base.method},)
-    names = ("full", "lora") if constraints.method == "auto" else (constraints.method,)
+    names = _METHODS if constraints.method == "auto" else (constraints.method,)
     return tuple({"method": name} for name in names)
 
 

@@ -16,7 +16,7 @@ def rank(predictions: Iterable[Prediction], goal: Goal) -> list[Prediction]:
 
     Lightest: by peak, then by speed. Fastest: by tokens per second; among those nearly equal in it, first what keeps
     FP32 copies of the trained weights (pure BF16 loses small updates), adapters before full fine-tuning among those
-    that do not, then the lighter.
+    that do not, a base as it is before a packed one, then the lighter.
     """
     if goal == "lightest":
         return sorted(predictions, key=_by_weight)
@@ -53,12 +53,23 @@ def _speed_groups(by_speed: Sequence[Prediction]) -> Iterable[list[Prediction]]:
 
 def _loses_updates(prediction: Prediction) -> bool:
     precision = prediction.recipe["precision"]
-    return precision["weights"] != "fp32" and precision["master"] == "none"
+    trained = precision["compute"] if _is_packed(prediction) else precision["weights"]
+    return trained != "fp32" and precision["master"] == "none"
+
+
+def _is_packed(prediction: Prediction) -> bool:
+    return prediction.recipe["method"] == "qlora"
 
 
 def _by_quality(prediction: Prediction) -> tuple[Any, ...]:
     loses = _loses_updates(prediction)
-    return (loses, loses and prediction.recipe["method"] == "full", prediction.peak.highest_bytes, _text(prediction))
+    return (
+        loses,
+        loses and prediction.recipe["method"] == "full",
+        _is_packed(prediction),
+        prediction.peak.highest_bytes,
+        _text(prediction),
+    )
 
 
 def _by_weight(prediction: Prediction) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ plan. A recipe is never put first on the closed form's word alone.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from brim.errors import DoesNotFitError
 from brim.hardware.device import Device
@@ -186,11 +187,15 @@ def ways_out(spec: ModelSpec, device: Device, constraints: Constraints, lightest
     """What would make the lightest recipe fit, each with its number."""
     budget = lightest.budget_bytes
     ways = [f"--memory {-(-upper_bound(lightest) // 2**20)}MiB, if the machine has it"]
-    if constraints.method == "full":
-        adapters = _estimates(spec, device, replace(constraints, method="lora"), budget)
-        needed = min(p.peak.highest_bytes for p in adapters)
-        if any(p.fits for p in adapters):
-            ways.append(f"--method lora (from about {format_bytes(needed)} on)")
+    lighter: dict[str, tuple[Literal["lora", "qlora"], ...]] = {"full": ("lora", "qlora"), "lora": ("qlora",)}
+    for method in lighter.get(constraints.method, ()):
+        if "method" in constraints.pinned or "precision.weights" in constraints.pinned:
+            break
+        others = _estimates(spec, device, replace(constraints, method=method), budget)
+        needed = min(p.peak.highest_bytes for p in others)
+        if any(p.fits for p in others):
+            ways.append(f"--method {method} (from about {format_bytes(needed)} on)")
+            break
     length = int(lightest.recipe["seq_len"]) // 2
     while "seq_len" not in constraints.pinned and length >= _SHORTEST_SEQ_LEN:
         if any(p.fits for p in _estimates(spec, device, replace(constraints, seq_len=length), budget)):

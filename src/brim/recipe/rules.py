@@ -77,7 +77,7 @@ def check_runs(recipe: "Recipe") -> None:
             'nearest: library.adamw = "fused"'
         )
     weights, compute = recipe.precision.weights, recipe.precision.compute
-    if weights != "fp32" and compute != weights:
+    if weights != "fp32" and compute != weights and not recipe.precision.packed:
         raise RecipeError(
             f'precision.compute = "{compute}" cannot run over precision.weights = "{weights}": a matmul runs in its '
             f'weights\' format, or below FP32; nearest: precision.compute = "{weights}", or precision.weights = "fp32"'

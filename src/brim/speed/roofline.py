@@ -65,7 +65,7 @@ def _rough_work(spec: ModelSpec, recipe: Recipe) -> Work:
     trained = trained_parameters(spec, recipe)
     forwards = 2 + (recipe.memory.activation_checkpointing == "full")
     passes = state_cost(recipe.optimizer).step_passes
-    weight_bytes = FP32 if recipe.precision.weights == "fp32" else BF16
+    weight_bytes = FP32 if recipe.plain_format == "fp32" else BF16
     products = spec.num_parameters * forwards + trained
     return Work(
         flops=float(2 * recipe.tokens_per_step * products),
@@ -124,7 +124,9 @@ def _forward_backward_traffic(t: Terms, *, checkpointed: bool) -> int:
     )
     logits = 8 * FP32 * t.rows * t.target_len * t.parts.vocab_size
     weights = t.weight_bytes * (t.parts.block_linear_parameters + t.parts.embedding_parameters)
-    return (4 + checkpointed) * activations + logits + (2 + checkpointed + t.trains_base) * weights
+    # a packed weight is read, and written and read as it is made anew
+    passes = 2.5 if t.packed else 1
+    return (4 + checkpointed) * activations + logits + int(passes * (2 + checkpointed + t.trains_base) * weights)
 
 
 def _optimizer_traffic(spec: ModelSpec, recipe: Recipe, t: Terms) -> int:

@@ -120,7 +120,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         self.quantization_config.base.swap(model)
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **settings: Any) -> bool:
         parent, _, name = param_name.rpartition(".")
         return name != "bias" and isinstance(model.get_submodule(parent), PackedLinear)
 
