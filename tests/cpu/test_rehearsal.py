@@ -78,6 +78,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "qlora, checkpointed, chunked": (*NF4, "memory.activation_checkpointing=full", "memory.loss=chunked"),
     "qlora, selective, master": (*NF4, "memory.activation_checkpointing=selective", "precision.master=fp32"),
     "qlora as PEFT prepares it": (*NF4, "library.frozen=fp32", "library.adapters=fp32"),
+    "qlora as TRL prepares it": (*NF4, "library.frozen=fp32-norms"),
     "qlora, int8": ("method=qlora", "precision.weights=int8"),
     "qlora, int4": ("method=qlora", "precision.weights=int4", "precision.group_size=32"),
     "fp16": (*FP16, "precision.master=fp32"),

@@ -139,7 +139,7 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'precision.double_quant has no effect: precision.weights is "{recipe.precision.weights}"')
     if recipe.precision.group_size != 128 and recipe.precision.weights != "int4":
         found.append(f'precision.group_size has no effect: precision.weights is "{recipe.precision.weights}"')
-    if recipe.library.frozen == "fp32" and not recipe.precision.packed:
+    if recipe.library.frozen != "compute" and not recipe.precision.packed:
         found.append(f'library.frozen has no effect: precision.weights is "{recipe.precision.weights}"')
     if not recipe.adapts and recipe.lora != Lora():
         found.append(f'[lora] has no effect: method is "{recipe.method}"')

@@ -91,9 +91,10 @@ class Library:
     """foreach is PyTorch's default on a GPU: its temporaries are as large as the parameters."""
     adapters: Literal["weights", "fp32"] = "weights"
     """Format of adapters: of the weights, or FP32 (PEFT's `autocast_adapter_dtype`, its default)."""
-    frozen: Literal["compute", "fp32"] = "compute"
-    """Format of what a packed base keeps unpacked (embeddings, norms, head): the compute format, or FP32, as PEFT's
-    `prepare_model_for_kbit_training` casts it (for bitsandbytes' formats; not for GPTQ)."""
+    frozen: Literal["compute", "fp32", "fp32-norms"] = "compute"
+    """Format of what a packed base keeps unpacked (embeddings, norms, head): the compute format; FP32, as PEFT's
+    `prepare_model_for_kbit_training` casts it; or FP32 for norms alone, as TRL's `peft_module_casting_to_bf16` leaves
+    it after that: each residual and what is kept of it is then FP32, too."""
     norm: Literal["operators", "fused"] = "operators"
     """fused: RMS norms keep their input as it is and one number a row, as Liger's and unsloth's kernels do."""
 

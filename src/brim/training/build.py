@@ -19,7 +19,7 @@ from brim.training.fused_norm import fuse_norms
 from brim.training.head import OutputHead
 from brim.training.loss_scale import LossScale
 from brim.training.optimizer import Stepper
-from brim.training.packed_base import PackedBase
+from brim.training.packed_base import PackedBase, cast_norms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,8 @@ class Workload:
 
     def autocast(self) -> AbstractContextManager[object]:
         """16-bit matmuls over FP32 weights, when the recipe asks for them."""
-        compute = self.recipe.precision.compute
-        if self.recipe.plain_format == "fp32" and compute != "fp32":
+        compute, fp32_norms = self.recipe.precision.compute, self.recipe.library.frozen == "fp32-norms"
+        if compute != "fp32" and (self.recipe.plain_format == "fp32" or fp32_norms):
             return torch.autocast(self.device.type, dtype=DTYPES[compute])
         return nullcontext()
 
@@ -64,6 +64,8 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     base.config.use_cache = False
     if recipe.task == "sequence-classification" and base.config.pad_token_id is None:
         base.config.pad_token_id = 0  # some look for it, to find each row's last token; data brings its own
+    if recipe.precision.packed and recipe.library.frozen == "fp32-norms":
+        cast_norms(base)
     if recipe.library.norm == "fused":
         fuse_norms(base)
     model: nn.Module = base

@@ -80,6 +80,13 @@ class PackedBase:
         return config
 
 
+def cast_norms(model: nn.Module) -> None:
+    """Every norm in FP32."""
+    for name, module in model.named_modules():
+        if "norm" in name.rpartition(".")[2] or isinstance(module, nn.LayerNorm):
+            module.to(torch.float32)
+
+
 def packing_of(precision: Precision) -> Packing:
     """How this precision holds weights. Raises RecipeError for one that does not pack."""
     match precision.weights:
