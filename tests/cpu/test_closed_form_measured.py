@@ -13,7 +13,7 @@ from brim.memory.closed_form import ERROR_BAND, closed_form, tokens_of_chunk
 from brim.memory.measured import CpuMeter
 from brim.models import ModelSpec
 from brim.models.skeleton import skeleton
-from brim.recipe import Memory, Precision, Recipe
+from brim.recipe import Memory, Optimizer, Precision, Recipe
 from brim.training.batches import synthetic_batch
 from brim.training.build import build
 from brim.training.step import train_step
@@ -52,6 +52,14 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "full master, checkpointed": {
         "precision": Precision(weights="bf16", compute="bf16", master="fp32"),
         "memory": Memory(activation_checkpointing="full"),
+    },
+    "full fp32, 8 bits": {
+        "precision": Precision(weights="fp32", compute="fp32"),
+        "optimizer": Optimizer(name="adamw8bit"),
+    },
+    "full bf16, 8 bits, checkpointed": {
+        "memory": Memory(activation_checkpointing="full"),
+        "optimizer": Optimizer(name="adamw8bit"),
     },
     "lora bf16, chunked": {"method": "lora", "memory": Memory(loss="chunked")},
     "qlora, chunked": {"method": "qlora", "precision": Precision(weights="nf4"), "memory": Memory(loss="chunked")},

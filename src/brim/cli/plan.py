@@ -134,7 +134,7 @@ def _cells(prediction: Prediction) -> tuple[str, ...]:
     rehearsed = prediction.method == "rehearsal"
     return (
         recipe["method"],
-        _formats(precision),
+        _formats(precision) + (", 8-bit" if recipe["optimizer"]["name"] == "adamw8bit" else ""),
         f"{recipe['micro_batch_size']} x {recipe['grad_accumulation']}",
         memory["activation_checkpointing"],
         memory["loss"],

@@ -128,9 +128,10 @@ class _Step:
 
         Over FP32 masters, also that parameter's FP32 gradient.
         """
-        temporaries = state_cost(self.recipe.optimizer).temporaries
-        each = FP32 * (1 + temporaries) if self.has_master else self.terms.weight_bytes * temporaries
-        workspace = each * self.largest_trained
+        stepped_bytes = FP32 if self.has_master else self.terms.weight_bytes
+        workspace = state_cost(self.recipe.optimizer).temporary_bytes(self.largest_trained, stepped_bytes)
+        if self.has_master:
+            workspace += FP32 * self.largest_trained
         return self.ledger(gradients=self.trainable * self.terms.weight_bytes, workspace=workspace)
 
     def ledger(self, *, activations: int = 0, loss: int = 0, gradients: int = 0, workspace: int = 0) -> Ledger:
@@ -194,8 +195,10 @@ class _Step:
     @property
     def optimizer_states(self) -> int:
         """In the format of what is updated (AdamW: two moments); and the FP32 master copy, if it is that."""
-        copies = state_cost(self.recipe.optimizer).state_copies
-        return self.trainable * ((1 + copies) * FP32 if self.has_master else copies * self.terms.weight_bytes)
+        cost = state_cost(self.recipe.optimizer)
+        if self.has_master:
+            return self.trainable * FP32 + cost.state_bytes(self.trainable, FP32)
+        return cost.state_bytes(self.trainable, self.terms.weight_bytes)
 
     @property
     def batch_bytes(self) -> int:

@@ -5,7 +5,8 @@
    csrc/flash_attn/flash_api.cpp, which torch carries). The memory-efficient kernel (a mask, FP32, or a device before
    Ampere) keeps the same and accumulates dq; neither takes grouped heads with it: then scores are materialized.
 2. Dropout keeps a mask of booleans, not of numbers in the input's format.
-3. Each thread's cuBLAS handle takes a workspace at its first matrix product: forward's and the autograd engine's.
+3. AdamW with states of 8 bits is one kernel.
+4. Each thread's cuBLAS handle takes a workspace at its first matrix product: forward's and the autograd engine's.
 
 Ignored: CUDA's own list of operators that autocast runs in FP32 (layer norm, softmax and powers more than a CPU's).
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from brim.hardware import Device
+from brim.layers import blockwise_adam
 from brim.memory.constants import cublas_workspace_bytes
 from brim.memory.lifetimes import LifetimeMeter
 from brim.memory.trace import Trace
@@ -43,6 +45,7 @@ def cuda_kernels(device: Device, meter: LifetimeMeter) -> Iterator[None]:
     with (
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _attention(modern)),
         mock.patch("torch.nn.functional.dropout", _dropout),
+        mock.patch.object(blockwise_adam, "has_kernel", lambda device: True),
         mock.patch.object(meter, "before", CublasWorkspaces(cublas_workspace_bytes(device), meter.trace)),
     ):
         yield

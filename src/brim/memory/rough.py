@@ -86,10 +86,10 @@ class _Parts:
     @property
     def optimizer(self) -> int:
         has_master = self.recipe.precision.master == "fp32" and self._weight_bytes == 2
-        copies = state_cost(self.recipe.optimizer).state_copies
-        return (4 * (1 + copies) if has_master else copies * self._weight_bytes) * trained_parameters(
-            self.spec, self.recipe
-        )
+        trained, cost = trained_parameters(self.spec, self.recipe), state_cost(self.recipe.optimizer)
+        if has_master:
+            return 4 * trained + cost.state_bytes(trained, 4)
+        return cost.state_bytes(trained, self._weight_bytes)
 
     @property
     def _tokens(self) -> int:

@@ -17,6 +17,22 @@ class StateCost:
     """Times that a step reads or writes a tensor of that size, gradients aside."""
     temporaries: int
     """Tensors of one parameter's size that exist while it is stepped."""
+    own_bytes: float = 0.0
+    """Of states in a format of their own, an element."""
+    in_parts: bool = False
+    """A CPU steps parameters in parts (`layers.blockwise_adam`), each with FP32 temporaries."""
+
+    def state_bytes(self, elements: int, element_bytes: int) -> int:
+        """Of the states of so many elements; `element_bytes`: of what is updated."""
+        return int(elements * (self.state_copies * element_bytes + self.own_bytes))
+
+    def temporary_bytes(self, elements: int, element_bytes: int) -> int:
+        """While a parameter of so many elements is stepped."""
+        whole = self.temporaries * element_bytes * elements
+        if not self.in_parts:
+            return whole
+        # moments and denominator; of 16-bit weights also gradient and weight
+        return whole + (12 if element_bytes == 4 else 20) * min(elements, max(2**18, elements // 16))
 
 
 _COSTS = {
@@ -28,6 +44,8 @@ _COSTS = {
     "lion": StateCost(state_copies=1, step_passes=8, temporaries=1),
     # a row and a column beside a matrix are nothing; the update is made in five kernels and its norm taken
     "adafactor": StateCost(state_copies=0, step_passes=12, temporaries=1),
+    # two codes, and two FP32 scales for 256; decoded, updated and encoded in about twenty kernels
+    "adamw8bit": StateCost(state_copies=0, own_bytes=2 + 8 / 256, step_passes=20, temporaries=0, in_parts=True),
 }
 
 

@@ -28,6 +28,7 @@ _PRECISIONS: tuple[Settings, ...] = (
 )
 _METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
 _CHECKPOINTING: tuple[Settings, ...] = tuple({"memory.activation_checkpointing": kind} for kind in ("none", "full"))
+_OPTIMIZERS: tuple[Settings, ...] = tuple({"optimizer.name": name} for name in ("adamw", "adamw8bit"))
 _LOSS: tuple[Settings, ...] = tuple({"memory.loss": kind} for kind in ("full", "chunked"))
 _LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
@@ -126,7 +127,7 @@ def _check(constraints: Constraints) -> None:
 
 def _combinations(base: Recipe, constraints: Constraints) -> Iterator[dict[str, Any]]:
     """Settings of each candidate. A pinned key is not varied: a row that says otherwise is left out."""
-    axes = (_methods(base, constraints), _PRECISIONS, _batches(base, constraints), _CHECKPOINTING, _LOSS)
+    axes = (_methods(base, constraints), _PRECISIONS, _batches(base, constraints), _CHECKPOINTING, _LOSS, _OPTIMIZERS)
     open_axes = [_allowed(rows, base, constraints.pinned) for rows in axes]
     for rows in product(*open_axes):
         settings = {key: value for row in rows for key, value in row.items()}
@@ -137,6 +138,9 @@ def _combinations(base: Recipe, constraints: Constraints) -> Iterator[dict[str, 
             and _is_mixed(settings)
             and not {"precision.weights", "precision.compute"} & constraints.pinned
         ):
+            continue
+        # Adapters have few states: nothing to gain by rounding them.
+        if method != "full" and settings.get("optimizer.name") == "adamw8bit":
             continue
         if "optimizer.learning_rate" not in constraints.pinned:
             settings["optimizer.learning_rate"] = _LEARNING_RATES.get(method, base.optimizer.learning_rate)

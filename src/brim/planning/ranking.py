@@ -16,7 +16,7 @@ def rank(predictions: Iterable[Prediction], goal: Goal) -> list[Prediction]:
 
     Lightest: by peak, then by speed. Fastest: by tokens per second; among those nearly equal in it, first what keeps
     FP32 copies of the trained weights (pure BF16 loses small updates), adapters before full fine-tuning among those
-    that do not, a base as it is before a packed one, then the lighter.
+    that do not, a base as it is before a packed one, whole optimizer states before those of 8 bits, then the lighter.
     """
     if goal == "lightest":
         return sorted(predictions, key=_by_weight)
@@ -67,6 +67,7 @@ def _by_quality(prediction: Prediction) -> tuple[Any, ...]:
         loses,
         loses and prediction.recipe["method"] == "full",
         _is_packed(prediction),
+        prediction.recipe["optimizer"]["name"] == "adamw8bit",
         prediction.peak.highest_bytes,
         _text(prediction),
     )

@@ -211,8 +211,9 @@ def summary(prediction: Prediction) -> str:
     """`lora, bf16, 4 x 1024 tokens, checkpointing full, loss chunked`."""
     recipe = prediction.recipe
     memory = recipe["memory"]
+    states = ", 8-bit states" if recipe["optimizer"]["name"] == "adamw8bit" else ""
     return (
-        f"{recipe['method']}, {recipe['precision']['weights']}, "
+        f"{recipe['method']}, {recipe['precision']['weights']}{states}, "
         f"{recipe['micro_batch_size']} x {recipe['seq_len']} tokens, "
         f"checkpointing {memory['activation_checkpointing']}, loss {memory['loss']}"
     )

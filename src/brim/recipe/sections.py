@@ -30,7 +30,8 @@ class Precision:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
     name: Literal["adamw", "adamw8bit", "adafactor", "sgd", "lion"] = "adamw"
-    """States beside each weight: adamw two of its size, sgd (momentum 0.9) and lion one, adafactor a row and a column.
+    """States beside each weight: adamw two of its size, adamw8bit two of a byte an element, sgd (momentum 0.9) and lion
+    one of its size, adafactor a row and a column.
     Their learning rates differ: sgd's is often 100 times adamw's, lion's a third to a tenth."""
     learning_rate: float = 2e-5
     weight_decay: float = 0.0

@@ -1,8 +1,8 @@
 """An optimizer over the trainable parameters, or over FP32 master copies of them.
 
 AdamW is `torch.optim.AdamW(fused=True)`: no temporaries (on request `foreach=True`, with as many as there are
-parameters). SGD (momentum 0.9), Adafactor and Lion go parameter by parameter. With master copies each parameter has an
-optimizer of its own, so that only one parameter's FP32 gradient exists at a time.
+parameters). The others go parameter by parameter. With master copies each parameter has an optimizer of its own, so
+that only one parameter's FP32 gradient exists at a time.
 
 In backward each parameter has one, too, and is stepped when its gradient is complete (a tied weight's once, with the
 sum). A gradient that backward does not bring, that of an untied head under the chunked loss, waits for `step`.
@@ -14,12 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from brim.errors import RecipeError
+from brim.layers.blockwise_adam import Maps, new_state
 from brim.memory import owners
 from brim.recipe import Optimizer
+from brim.training.adamw8bit import AdamW8bit
 from brim.training.lion import Lion
 
 _MOMENTUM = 0.9
+_READ_AS_NUMBERS = {"adamw8bit": ("step",)}
+"""States that stay on the CPU."""
 
 
 class Stepper:
@@ -33,8 +36,8 @@ class Stepper:
         one_by_one = fp32_master or settings.in_backward
         groups = [[parameter] for parameter in self._masters or parameters] if one_by_one else [parameters]
         self._settings = settings
-        self._optimizers = [_optimizer(group, settings, fused=fused) for group in groups]
-
+        self._maps = Maps.on(parameters[0].device) if settings.name == "adamw8bit" else None
+        self._optimizers = [_optimizer(group, settings, fused=fused, maps=self._maps) for group in groups]
         self._one_by_one = one_by_one
         if settings.in_backward:
             for index, parameter in enumerate(parameters):
@@ -91,6 +94,8 @@ class Stepper:
     def tensors(self) -> Iterator[Tensor]:
         """Everything that lives from step to step: states and master copies."""
         yield from self._masters
+        if self._maps is not None:
+            yield from (self._maps.signed, self._maps.unsigned)
         for optimizer in self._optimizers:
             for state in optimizer.state.values():
                 yield from state.values()
@@ -112,7 +117,9 @@ class Stepper:
             models = _states_of(parameter, self._settings)
             if any(f"{index}.{key}" in tensors for key in models):
                 optimizer.state[parameter] = {
-                    key: like(tensors[f"{index}.{key}"], model, f"{index}.{key}").to(parameter.device, copy=True)
+                    key: like(tensors[f"{index}.{key}"], model, f"{index}.{key}").to(
+                        "cpu" if key in _READ_AS_NUMBERS.get(self._settings.name, ()) else parameter.device, copy=True
+                    )
                     for key, model in models.items()
                 }
 
@@ -121,7 +128,9 @@ class Stepper:
             yield self._optimizers[index if self._one_by_one else 0].state.get(parameter, {})
 
 
-def _optimizer(parameters: list[nn.Parameter], settings: Optimizer, *, fused: bool) -> torch.optim.Optimizer:
+def _optimizer(
+    parameters: list[nn.Parameter], settings: Optimizer, *, fused: bool, maps: Maps | None
+) -> torch.optim.Optimizer:
     rate, decay = settings.learning_rate, settings.weight_decay
     match settings.name:
         case "adamw":
@@ -136,7 +145,8 @@ def _optimizer(parameters: list[nn.Parameter], settings: Optimizer, *, fused: bo
         case "lion":
             return Lion(list(parameters), lr=rate, weight_decay=decay)
         case "adamw8bit":
-            raise RecipeError('optimizer.name = "adamw8bit" is not built; nearest: optimizer.name = "adamw"')
+            assert maps is not None
+            return AdamW8bit(list(parameters), lr=rate, weight_decay=decay, maps=maps)
 
 
 def _states_of(parameter: Tensor, settings: Optimizer) -> dict[str, Tensor]:
@@ -151,6 +161,8 @@ def _states_of(parameter: Tensor, settings: Optimizer) -> dict[str, Tensor]:
             return {"step": step, "row_var": model[..., :1], "col_var": model[..., :1, :]}
         case "adafactor":
             return {"step": step, "variance": model}
+        case "adamw8bit":
+            return {"step": step, **new_state(parameter, device=torch.device("meta"))}
         case _:
             return {"step": step, "exp_avg": model, "exp_avg_sq": model}
 

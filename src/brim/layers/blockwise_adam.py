@@ -1,0 +1,129 @@
+"""AdamW over states of 8 bits, as bitsandbytes holds them: a code an element, the largest of 256 as their scale.
+
+On CUDA the update is bitsandbytes' kernel. Its CPU form makes six FP32 copies of the whole parameter while it steps;
+here the same operators run on a part of it at a time, with the same bits as result (tests/cpu/training/test_adamw8bit).
+Dettmers et al. 2021, arXiv 2110.02861. Shapes: N elements, A blocks of 256.
+"""
+
+from dataclasses import dataclass
+from math import ceil, sqrt
+
+import torch
+from bitsandbytes.functional import create_dynamic_map
+from torch import Tensor
+
+BLOCK = 256
+SMALLEST = 4096
+"""Elements; smaller parameters keep FP32 states: norms and biases, which are few and sensitive."""
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+_LEAST_AT_ONCE = 2**18
+_MOST_PARTS = 16
+"""Parts that a parameter is stepped in at most: its temporaries are then about 1.3 bytes an element."""
+
+# Constants of the format, as numbers: what is made from them is fake in a rehearsal and real in a run.
+_SIGNED = create_dynamic_map(signed=True).tolist()
+_UNSIGNED = create_dynamic_map(signed=False).tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Maps:
+    """The 256 numbers that codes stand for; one pair for all parameters."""
+
+    signed: Tensor
+    """Of the first moment."""
+    unsigned: Tensor
+    """Of the second."""
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Maps":
+        return cls(signed=torch.tensor(_SIGNED, device=device), unsigned=torch.tensor(_UNSIGNED, device=device))
+
+
+def new_state(parameter: Tensor, *, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Moments of zero, by bitsandbytes' names; beside the parameter, or on `device`."""
+    where = device or parameter.device
+    small = parameter.numel() < SMALLEST
+    dtype = torch.float32 if small else torch.uint8
+    state = {name: torch.zeros(parameter.shape, dtype=dtype, device=where) for name in ("state1", "state2")}
+    if not small:
+        blocks = ceil(parameter.numel() / BLOCK)
+        state |= {name: torch.zeros(blocks, device=where) for name in ("absmax1", "absmax2")}
+    return state
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether the whole update is one kernel, without temporaries."""
+    return device.type == "cuda"
+
+
+def adam_update(
+    parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], maps: Maps, *, step: int, rate: float, decay: float
+) -> None:
+    """Step number `step` (from 1) of decoupled AdamW, in place; `state` is that of `new_state`."""
+    flat_N, gradient_N = parameter.detach().view(-1), gradient.contiguous().view(-1)
+    tensors = {name: tensor.view(-1) for name, tensor in state.items()}
+    if has_kernel(parameter.device):
+        _by_kernel(flat_N, gradient_N, tensors, maps, step=step, rate=rate, decay=decay)
+        return
+    size = max(_LEAST_AT_ONCE, ceil(flat_N.numel() / _MOST_PARTS / BLOCK) * BLOCK)
+    for start in range(0, flat_N.numel(), size):
+        part, blocks = slice(start, start + size), slice(start // BLOCK, ceil((start + size) / BLOCK))
+        own = {name: tensor[blocks if name.startswith("absmax") else part] for name, tensor in tensors.items()}
+        _by_operators(flat_N[part], gradient_N[part], own, maps, step=step, rate=rate, decay=decay)
+
+
+def _by_operators(
+    flat_N: Tensor, gradient_N: Tensor, state: dict[str, Tensor], maps: Maps, *, step: int, rate: float, decay: float
+) -> None:
+    """What bitsandbytes 0.50's CPU kernel does (backends/cpu/ops.py), operator by operator."""
+    first_N, second_N = _decoded(state, 1, maps.signed), _decoded(state, 2, maps.unsigned)
+    gradient_N, weight_N = gradient_N.float(), flat_N.float()
+    first_N.mul_(_BETAS[0]).add_(gradient_N, alpha=1 - _BETAS[0])
+    second_N.mul_(_BETAS[1]).addcmul_(gradient_N, gradient_N, value=1 - _BETAS[1])
+    denominator_N = second_N.sqrt().div_(sqrt(1 - _BETAS[1] ** step)).add_(_EPSILON)
+    if decay > 0:
+        weight_N.mul_(1 - rate * decay)
+    weight_N.addcdiv_(first_N, denominator_N, value=-rate / (1 - _BETAS[0] ** step))
+    del denominator_N
+    if weight_N.dtype != flat_N.dtype:
+        flat_N.copy_(weight_N)
+    _encode(first_N, state, 1, maps.signed)
+    _encode(second_N, state, 2, maps.unsigned)
+
+
+def _decoded(state: dict[str, Tensor], number: int, code: Tensor) -> Tensor:
+    """A moment in FP32; the state itself where it is kept so."""
+    stored = state[f"state{number}"]
+    if stored.dtype == torch.float32:
+        return stored
+    decoded: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+        stored, state[f"absmax{number}"], code, BLOCK, torch.float32
+    )
+    return decoded
+
+
+def _encode(moment_N: Tensor, state: dict[str, Tensor], number: int, code: Tensor) -> None:
+    stored = state[f"state{number}"]
+    if stored.dtype == torch.float32:
+        return  # it was updated in place
+    codes, absmax_A = torch.ops.bitsandbytes.quantize_blockwise(moment_N, code, BLOCK)
+    stored.copy_(codes)
+    state[f"absmax{number}"].copy_(absmax_A)
+
+
+def _by_kernel(
+    flat_N: Tensor, gradient_N: Tensor, state: dict[str, Tensor], maps: Maps, *, step: int, rate: float, decay: float
+) -> None:
+    """bitsandbytes calls it `adam`; its decay is AdamW's. Zeros stand for what other optimizers of its use."""
+    first, second, (beta1, beta2) = state["state1"], state["state2"], _BETAS
+    if first.dtype == torch.float32:
+        torch.ops.bitsandbytes.optimizer_update_32bit(
+            "adam", gradient_N, flat_N, first, second, None, 0.0, 0.0, beta1, beta2, 0.0, 0.0,
+            _EPSILON, decay, step, rate, 1.0, False,
+        )  # fmt: skip
+        return
+    torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+        "adam", gradient_N, flat_N, first, second, beta1, beta2, 0.0, 0.0, _EPSILON, step, rate,
+        maps.signed, maps.unsigned, state["absmax1"], state["absmax2"], decay, 1.0, False,
+    )  # fmt: skip

@@ -1,0 +1,39 @@
+"""AdamW whose moments take one byte each (`brim.layers.blockwise_adam`), as an optimizer of torch's kind.
+
+How this differs from bitsandbytes' own: it steps in parts on a CPU, its state is tensors alone (so that a checkpoint
+holds it), and it can be made from fake parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brim.layers.blockwise_adam import Maps, adam_update, new_state
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """States: `state1`, `state2` (codes; FP32 for small parameters), `absmax1`, `absmax2`, and `step`."""
+
+    def __init__(self, parameters: list[Tensor], *, lr: float, weight_decay: float, maps: Maps) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self._maps = maps
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; `closure` is not used."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, parameter.grad, rate=group["lr"], decay=group["weight_decay"])
+
+    def _step_one(self, parameter: Tensor, gradient: Tensor, *, rate: float, decay: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            # on the CPU wherever the parameter is: it is read as a number
+            state |= {"step": torch.zeros((), device="cpu"), **new_state(parameter)}
+        state["step"] += 1
+        moments = {name: tensor for name, tensor in state.items() if name != "step"}
+        adam_update(parameter, gradient, moments, self._maps, step=int(state["step"].item()), rate=rate, decay=decay)
