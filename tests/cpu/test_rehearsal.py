@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from brim.errors import RecipeError
 from brim.memory.measured import CpuMeter
 from brim.models import ModelSpec, describe
 from brim.models.skeleton import skeleton
@@ -81,6 +82,8 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "qlora as TRL prepares it": (*NF4, "library.frozen=fp32-norms"),
     "qlora, int8": ("method=qlora", "precision.weights=int8"),
     "qlora, int4": ("method=qlora", "precision.weights=int4", "precision.group_size=32"),
+    "flash": ("memory.attention=flash", *FP32),
+    "flash, checkpointed, lora": ("memory.attention=flash", "memory.activation_checkpointing=full", "method=lora"),
     "8 bits": ("optimizer.name=adamw8bit", "optimizer.weight_decay=0.1", *FP32),
     "8 bits, bf16": ("optimizer.name=adamw8bit",),
     "8 bits, master, lora": ("optimizer.name=adamw8bit", "precision.master=fp32", "method=lora"),
@@ -145,9 +148,22 @@ def test_rehearsed_peak_is_the_real_peak(name: str, levers: str) -> None:
     """Fake and real steps of one recipe peak at the same number of bytes, for each lever and family."""
     if name == "t5" and levers.startswith("fp16"):
         pytest.skip("refused: T5-like models overflow FP16")
+    if name in ("gpt2", "t5") and levers.startswith("flash"):
+        pytest.skip("refused: their attention has dropout")
     spec = small(name)
     recipe = recipe_of(spec, *LEVERS[levers])
     assert rehearse_trace(spec, recipe).peak_bytes == pytest.approx(profiled_peak(spec, recipe), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_attention_that_flash_does_not_take_is_refused(name: str) -> None:
+    """Where SDPA would keep all scores, `flash` is refused, rehearsed as well as run, and `sdpa` is named."""
+    spec = small(name)
+    recipe = recipe_of(spec, "memory.attention=flash")
+    for attempt in (rehearse_trace, run_for_real):
+        with pytest.raises(RecipeError, match=r'no dropout.*nearest: memory\.attention = "sdpa"'):
+            attempt(spec, recipe)
+    assert rehearse_trace(spec, recipe_of(spec, "memory.attention=sdpa")).peak_bytes > 0
 
 
 @pytest.mark.parametrize("loss", LIBRARY_LOSSES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from brim.cli import main
+from brim.errors import RecipeError
 from brim.hardware import Device, find
 from brim.memory.constants import context_bytes, cublas_workspace_bytes
 from brim.memory.cuda import cuda_kernels
@@ -104,6 +105,31 @@ def test_flash_attention_keeps_what_its_source_says(kv_heads: int, expanded: boo
         passing = 4 * rows * heads * tokens + 4 * queries + (4 * queries if expanded else 0)
         gradients = 2 * queries + 4 * keys
         assert world.meter.trace.peak_bytes - held == 2 * queries + gradients + passing
+
+
+@pytest.mark.parametrize(
+    ("gpu", "settings", "runs"),
+    [("a100", (), True), ("v100", (), False), ("a100", ("precision.weights=fp32", "precision.compute=fp32"), False)],
+)
+def test_flash_attention_on_a_gpu_wants_16_bits_and_ampere(gpu: str, settings: tuple[str, ...], runs: bool) -> None:
+    """Where the device's kernel takes the recipe, its peak is that of `sdpa`; elsewhere `flash` is refused."""
+    recipe = Recipe(model="smollm2-135m", seq_len=128).with_settings(settings)
+    flash = recipe.with_settings(["memory.attention=flash"])
+    if runs:
+        assert predicted(flash, find(gpu)).peak == predicted(recipe, find(gpu)).peak
+    else:
+        with pytest.raises(RecipeError, match="16 bits from Ampere on"):
+            predicted(flash, find(gpu))
+
+
+def test_states_of_8_bits_take_no_temporaries_on_a_gpu() -> None:
+    """A GPU's kernel steps a whole parameter in place: without gradients to clip, no workspace but cuBLAS's."""
+    recipe = Recipe(model="smollm2-135m", seq_len=16).with_settings(["optimizer.name=adamw8bit"])
+    spec = describe(recipe.model)
+    on_gpu, on_cpu = (rehearse_trace(spec, recipe, device=device) for device in (find("a100"), None))
+    states = 2 * spec.num_parameters
+    assert states < on_gpu.peak_ledger().optimizer < 1.05 * states
+    assert on_gpu.peak_bytes < on_cpu.peak_bytes
 
 
 def test_the_command_line_names_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,10 @@ def _attention(modern: bool) -> Callable[..., Tensor]:
         half = query.dtype in (torch.bfloat16, torch.float16)
         small_head = query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
         flash = modern and half and attn_mask is None and small_head
+        if not flash and not (
+            torch.backends.cuda.math_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()
+        ):
+            raise RuntimeError("No available kernel. Aborting execution.")  # as torch says it
         if not flash and enable_gqa and key.shape[1] != query.shape[1]:
             return torch._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True

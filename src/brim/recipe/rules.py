@@ -34,7 +34,6 @@ def check_ranges(recipe: "Recipe") -> None:
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
     ("method", frozenset({"full", "lora", "qlora"}), "lora", "fake quantization is not built"),
-    ("memory.attention", frozenset({"eager", "sdpa"}), "sdpa", "FlashAttention's own package is not used"),
     ("memory.offload", frozenset({"none"}), "none", "everything stays on one device"),
     ("parallel.nodes", frozenset({1}), "1", "a run uses one device"),
     ("parallel.devices_per_node", frozenset({1}), "1", "a run uses one device"),

@@ -48,6 +48,7 @@ class Memory:
     """What blocks recompute in backward: nothing, all but their linears' results, or everything from their input on."""
     loss: Literal["full", "chunked"] = "full"
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
+    """sdpa takes the best kernel that can run, which may keep all scores; flash takes FlashAttention or refuses."""
     offload: Literal["none", "optimizer", "all"] = "none"
 
 

@@ -1,11 +1,13 @@
 """Recipe -> model and optimizer, in one order, on any device, fake or real."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from brim.errors import RecipeError
@@ -36,6 +38,10 @@ class Workload:
     loss_scale: LossScale | None
     """Where backward runs in FP16."""
     device: torch.device
+
+    def kernels(self) -> AbstractContextManager[object]:
+        """What forward and backward may run in: FlashAttention alone, when the recipe asks for it."""
+        return _flash_alone() if self.recipe.memory.attention == "flash" else nullcontext()
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -95,13 +101,28 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     )
 
 
+@contextmanager
+def _flash_alone() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        try:
+            yield
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            raise RecipeError(
+                'memory.attention = "flash" cannot run: FlashAttention takes no mask that is trained (T5\'s position '
+                "bias); on a CPU no dropout of scores (GPT-2, BERT); on a GPU no mask at all (padded rows, sliding "
+                'windows), and 16 bits from Ampere on; nearest: memory.attention = "sdpa"'
+            ) from None
+
+
 def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
     """Raises RecipeError when task, attention or sequence length do not go with the model."""
     classifies = recipe.task == "sequence-classification" and not spec.is_encoder_decoder
     if recipe.task != spec.task and not classifies:
         raise RecipeError(f'task = "{recipe.task}" does not go with {spec.name}; nearest: task = "{spec.task}"')
     kernels = attention_kernels(spec, task=recipe.task)
-    if recipe.memory.attention not in kernels:
+    if _transformers_name(recipe.memory.attention) not in kernels:
         raise RecipeError(
             f'memory.attention = "{recipe.memory.attention}" cannot run: transformers has none for the family '
             f'{spec.model_type!r}; nearest: memory.attention = "{kernels[0]}"'
@@ -114,8 +135,13 @@ def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
         )
 
 
+def _transformers_name(attention: str) -> str:
+    """torch's own FlashAttention is one of the kernels that `sdpa` chooses from; `Workload.kernels` leaves it alone."""
+    return "sdpa" if attention == "flash" else attention
+
+
 def _model(recipe: Recipe, spec: ModelSpec, weights: Path | None, device: torch.device) -> PreTrainedModel:
-    dtype, attention, task = recipe.plain_format, recipe.memory.attention, recipe.task
+    dtype, attention, task = recipe.plain_format, _transformers_name(recipe.memory.attention), recipe.task
     swap = PackedBase(recipe) if recipe.precision.packed else None
     num_labels = recipe.num_labels if task == "sequence-classification" else None
     if weights is None:

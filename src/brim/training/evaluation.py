@@ -14,7 +14,7 @@ def mean_loss(workload: Workload, held: DataSet) -> float:
     total, num_targets = 0.0, sum(batch.num_targets for batch in held.in_order(size))
     workload.model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), workload.kernels():
             for batch in held.in_order(size):
                 on_device = batch.mapped(lambda tensor: tensor.to(workload.device))
                 total += float(batch_loss(workload, on_device, num_targets))

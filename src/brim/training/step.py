@@ -49,8 +49,10 @@ def _update(workload: Workload, trainable: Sequence[Tensor]) -> None:
 
 def _backward(workload: Workload, batch: Batch, num_targets: float) -> Tensor:
     """This micro-batch's share of the mean loss; its gradients are added up in the parameters."""
-    loss = batch_loss(workload, batch, num_targets)
-    loss.backward()
+    # backward, too: checkpointed blocks run forward in it
+    with workload.kernels():
+        loss = batch_loss(workload, batch, num_targets)
+        loss.backward()
     owners.switch("workspace")
     return loss.detach()
 
