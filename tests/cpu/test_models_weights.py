@@ -202,7 +202,7 @@ def test_an_interrupted_preparation_leaves_nothing_behind(
     assert visible(own_cache) == []
     name = local_directory(spec).name
     shutil.rmtree(own_cache / name)
-    (own_cache / f".{name}.partial-killed").mkdir()
+    (own_cache / f".{name}.partial").mkdir()
     local_directory(spec)
     assert visible(own_cache) == [name]
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from brim.checkpoints.conversion import row_elements
+from brim.checkpoints.statistics import Statistics
 from brim.models.spec import TensorSpec
 from brim.report import SCHEMA
 
@@ -36,6 +35,14 @@ class TensorReport:
     scale_min: float | None
     scale_max: float | None
     """None for formats without scale."""
+    largest: float | None
+    """Of |source|; None where its elements are no floats."""
+    outlier_ratio: float | None
+    """`largest` over the root of the mean square: how much of the grid a single element takes."""
+    zero_rows: int | None
+    """Rows of a matrix that are all zero; None for what has no rows, or too long ones."""
+    subnormal_share: float
+    """Of the elements: smaller than the least normal number of the source's format, and not zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,54 +88,29 @@ class QuantizationReport:
         }
 
 
-class TensorAudit:
-    """Adds up what happens to one tensor, tile by tile."""
-
-    def __init__(self) -> None:
-        self.elements = 0
-        self.clipped = 0
-        self.zeroed = 0
-        self.signal = 0.0
-        self.noise = 0.0
-        self.largest_error = 0.0
-        self.scale_min = math.inf
-        self.scale_max = -math.inf
-
-    def add(self, source: Tensor, decoded: Tensor, *, clipped: int = 0, scale: Tensor | None = None) -> None:
-        """A tile as it was and as its reader will see it; both may be overwritten."""
-        dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
-        source, decoded = source.to(dtype), decoded.to(dtype)
-        self.elements += source.numel()
-        self.clipped += clipped
-        self.zeroed += int(torch.count_nonzero(source)) - int(torch.count_nonzero(decoded))
-        error = decoded.sub_(source)
-        self.largest_error = max(self.largest_error, float(torch.linalg.vector_norm(error, ord=math.inf)))
-        self.signal += _sum_of_squares(source)
-        self.noise += _sum_of_squares(error)
-        if scale is not None:
-            self.scale_min = min(self.scale_min, float(scale.min()))
-            self.scale_max = max(self.scale_max, float(scale.max()))
-
-    def report(self, source: TensorSpec, outputs: Sequence[TensorSpec]) -> TensorReport:
-        lossless = self.noise == 0
-        scaled = self.scale_min <= self.scale_max
-        return TensorReport(
-            name=source.name,
-            shape=source.shape,
-            source_format=source.dtype,
-            format=outputs[0].dtype,
-            bytes_before=source.nbytes,
-            bytes_after=sum(output.nbytes for output in outputs),
-            sqnr_db=None if lossless else 10 * math.log10(self.signal / self.noise),
-            largest_error=self.largest_error,
-            clipped_share=self.clipped / self.elements if self.elements else 0.0,
-            zeroed_share=self.zeroed / self.elements if self.elements else 0.0,
-            scale_min=self.scale_min if scaled else None,
-            scale_max=self.scale_max if scaled else None,
-        )
+def tensor_report(source: TensorSpec, outputs: Sequence[TensorSpec], sums: Statistics) -> TensorReport:
+    """The report of a tensor from the sums over all of it."""
+    rms = math.sqrt(sums.signal / sums.elements) if sums.elements else 0.0
+    looked_at = sums.largest >= 0
+    return TensorReport(
+        name=source.name,
+        shape=source.shape,
+        source_format=source.dtype,
+        format=outputs[0].dtype,
+        bytes_before=source.nbytes,
+        bytes_after=sum(output.nbytes for output in outputs),
+        sqnr_db=10 * math.log10(sums.signal / sums.noise) if sums.noise and sums.signal else None,
+        largest_error=sums.largest_error,
+        clipped_share=_share(sums.clipped, sums.elements),
+        zeroed_share=_share(sums.zeroed, sums.elements),
+        scale_min=sums.scale_min if sums.scale_min <= sums.scale_max else None,
+        scale_max=sums.scale_max if sums.scale_min <= sums.scale_max else None,
+        largest=sums.largest if looked_at else None,
+        outlier_ratio=sums.largest / rms if looked_at and rms else None,
+        zero_rows=sums.zero_rows if looked_at and row_elements(source) > 1 else None,
+        subnormal_share=_share(sums.subnormal, sums.elements),
+    )
 
 
-def _sum_of_squares(values: Tensor) -> float:
-    """fp32 within a tile is exact to about 1e-6, far below what a dB shows; fp64 where squares leave fp32's range."""
-    total = float(torch.dot(values, values))
-    return total if 1e-24 < total < math.inf else float(values.double().square().sum())
+def _share(count: int, elements: int) -> float:
+    return count / elements if elements else 0.0

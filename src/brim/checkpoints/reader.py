@@ -4,8 +4,9 @@ Headers are checked by `brim.models` first. Bytes are then read, not mapped: wha
 of a tensor, and a file that shrinks under the reader is an error instead of a crash.
 """
 
+import os
 from collections.abc import Iterator
-from io import FileIO
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from brim.errors import ModelFileError
 from brim.models.directory import StoredTensor
 from brim.models.files import unreadable
+from brim.models.spec import TensorSpec
 from brim.numerics.encode import TORCH_DTYPES
 
 TILE_ELEMENTS = 2**20
@@ -24,26 +26,44 @@ def tiles(stored: StoredTensor, *, row_elements: int = 1) -> Iterator[Tensor]:
 
     Raises ModelFileError where the file cannot be read to the tensor's end.
     """
-    dtype = TORCH_DTYPES.get(stored.spec.dtype, torch.uint8)
+    dtype = element_type(stored.spec)
     numel = stored.spec.nbytes // dtype.itemsize
     tile = max(1, TILE_ELEMENTS // row_elements) * row_elements
+    with opened(stored) as descriptor:
+        for first in range(0, numel, tile):
+            buffer = bytearray(min(tile, numel - first) * dtype.itemsize)
+            read_into(descriptor, memoryview(buffer), first * dtype.itemsize, stored)
+            yield torch.frombuffer(buffer, dtype=dtype)
+
+
+def element_type(spec: TensorSpec) -> torch.dtype:
+    """Of the tensors that a file's bytes are read as."""
+    return TORCH_DTYPES.get(spec.dtype, torch.uint8)
+
+
+@contextmanager
+def opened(stored: StoredTensor) -> Iterator[int]:
+    """The descriptor of the tensor's file. Raises ModelFileError where the system does not give it out."""
     try:
-        with stored.path.open("rb", buffering=0) as file:
-            file.seek(stored.offset)
-            for first in range(0, numel, tile):
-                yield torch.frombuffer(_read(file, min(tile, numel - first) * dtype.itemsize, stored), dtype=dtype)
+        descriptor = os.open(stored.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise unreadable(stored.path, error) from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _read(file: FileIO, nbytes: int, stored: StoredTensor) -> bytearray:
-    buffer = bytearray(nbytes)
-    left = memoryview(buffer)
+def read_into(descriptor: int, left: memoryview, begin: int, stored: StoredTensor) -> None:
+    """Fill the buffer with the tensor's bytes from its byte `begin` on. Raises ModelFileError at the file's end."""
+    offset = stored.offset + begin
     while left:
-        got = file.readinto(left)
+        try:
+            got = os.preadv(descriptor, [left], offset)
+        except OSError as error:
+            raise unreadable(stored.path, error) from None
         if not got:
             raise ModelFileError(
                 f"{stored.path}: ended inside tensor {stored.spec.name!r} while it was read; another program changed it"
             )
-        left = left[got:]
-    return buffer
+        left, offset = left[got:], offset + got

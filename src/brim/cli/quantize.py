@@ -29,7 +29,8 @@ def command(
     json: Json = False,
 ) -> None:
     """A smaller checkpoint: FP16, BF16, or INT8 linear weights."""
-    from brim.checkpoints.convert import Target, check_output, quantize
+    from brim.checkpoints.convert import check_output, quantize
+    from brim.checkpoints.job import Target
     from brim.models import describe
     from brim.models.weights import local_directory
 

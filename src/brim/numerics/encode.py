@@ -3,6 +3,7 @@
 Shapes: R output channels, K inputs, G groups of a row, B elements that share a scale.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -65,10 +66,16 @@ def decode(codes_RK: Tensor, scale: Tensor, *, granularity: Granularity | None =
 def absmax_scale(blocks: Tensor, *, largest_code: int, dtype: torch.dtype) -> Tensor:
     """(..., B) -> (..., 1): the largest element of each block maps to `largest_code`."""
     scale = blocks.abs().amax(dim=-1, keepdim=True) / largest_code
-    stored = scale.clamp_(max=_largest_scale(largest_code, dtype)).to(dtype)
+    return storable_scale(scale, largest_code=largest_code, dtype=dtype)
+
+
+def storable_scale(scale: Tensor, *, largest_code: int, dtype: torch.dtype) -> Tensor:
+    """The scale as stored: in its dtype, 1 where it would be 0, and no larger than leaves the last code finite."""
+    stored = scale.clamp(max=_largest_scale(largest_code, dtype)).to(dtype)
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 
+@cache
 def _largest_scale(largest_code: int, dtype: torch.dtype) -> float:
     """The largest scale of this dtype whose last code is still finite in it: readers decode in the scale's dtype."""
     largest = torch.finfo(dtype).max

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from brim.errors import BrimError, RanOutOfMemoryError, Stopped, UsageError
 from brim.memory.measured import RealMeter, meter_for
 from brim.models import ModelSpec
-from brim.publish import write_whole
+from brim.publish import alone, write_whole
 from brim.recipe import Recipe
 from brim.report import Ledger, Measured, Peak, Prediction, RunReport
 from brim.training.adapters import save_adapter
@@ -73,9 +73,14 @@ def run(job: Run, *, on_step: OnStep = lambda _: None, should_stop: ShouldStop =
     """Train and publish OUTPUT. After each step `should_stop` is asked: True saves and raises Stopped.
 
     With `resume` and nothing to go on from, the run starts at its beginning. Raises UsageError when OUTPUT is there
-    already or the loss is no number, DoesNotFitError when the disk lacks the room, RanOutOfMemoryError with the ledger
-    when memory ends all the same.
+    already, another run works on it or the loss is no number, DoesNotFitError when the disk lacks the room,
+    RanOutOfMemoryError with the ledger when memory ends all the same.
     """
+    with alone(job.output):
+        return _run(job, on_step=on_step, should_stop=should_stop)
+
+
+def _run(job: Run, *, on_step: OnStep, should_stop: ShouldStop) -> RunReport:
     open_workplace(job.output, job.recipe, job.predicted.ledger, resume=job.resume)
     try:
         with meter_for(torch.device(job.device)) as meter:

@@ -37,7 +37,8 @@ def test_json_is_all_there_is_on_stdout(tiny: Maker, tmp_path: Path, capsys: Cap
     }  # fmt: skip
     assert {tuple(tensor) for tensor in saved["tensors"]} == {(
         "name", "shape", "source_format", "format", "bytes_before", "bytes_after", "sqnr_db", "largest_error",
-        "clipped_share", "zeroed_share", "scale_min", "scale_max",
+        "clipped_share", "zeroed_share", "scale_min", "scale_max", "largest", "outlier_ratio", "zero_rows",
+        "subnormal_share",
     )}  # fmt: skip
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from brim.checkpoints.convert import quantize
-from brim.checkpoints.writer import SafetensorsWriter
+from brim.checkpoints.convert import _Collected, quantize
 from brim.cli import main
 from brim.publish import whole_directory
 
@@ -22,13 +21,13 @@ Maker = Callable[..., Path]
 def test_ctrl_c_leaves_nothing(tiny: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a tensor ends with 130, and of the output there is no trace."""
     source = tiny("llama")
-    calls = iter(range(10))
+    calls = iter(range(100))
 
-    def interrupted(self: SafetensorsWriter, name: str, part: object) -> None:
+    def interrupted(self: object, nbytes: int) -> None:
         if next(calls) == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(SafetensorsWriter, "append", interrupted)
+    monkeypatch.setattr(_Collected, "count", interrupted)
     assert main(["quantize", str(source), "--to", "int8", "--output", str(tmp_path / "output")]) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
@@ -59,8 +58,7 @@ def test_a_killed_run_leaves_nothing_visible(name: str, tiny: Maker, tmp_path: P
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     run.stdout.close()
-    (hidden,) = place.iterdir()
-    assert hidden.name.startswith(".")
+    assert {path.name for path in place.iterdir()} == {f".{name}.partial", f".{name}.lock"}
     quantize(source, output, to="int8")
     assert list(place.iterdir()) == [output]
     assert load_file(output / "model.safetensors")
@@ -68,11 +66,11 @@ def test_a_killed_run_leaves_nothing_visible(name: str, tiny: Maker, tmp_path: P
 
 def test_leftovers_of_others_stay(tmp_path: Path) -> None:
     """Only what a killed run left of this very name is removed, whatever characters the name has."""
-    for other in (".outer.partial-x", ".out1.partial-x"):
+    for other in (".outer.partial", ".out1.partial"):
         (tmp_path / other).mkdir()
     with whole_directory(tmp_path / "out?") as directory:
         (directory / "file").write_text("whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"out?", ".outer.partial-x", ".out1.partial-x"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out?", ".outer.partial", ".out1.partial"}
 
 
 # A model of one layer whose tensors are zeros that take no disk: (inputs x outputs) of one linear weight as given.

@@ -3,7 +3,8 @@
 import errno
 import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from torch import Tensor
 
 from brim.checkpoints import reader
 from brim.checkpoints.reader import tiles
-from brim.checkpoints.writer import SafetensorsWriter, Shard, header_bytes, in_file_order, plan_shards, write_index
+from brim.checkpoints.writer import (
+    bytes_of,
+    create,
+    header_bytes,
+    in_file_order,
+    index_of,
+    plan_shards,
+    safetensors_file,
+    write_at,
+)
 from brim.errors import ModelFileError
 from brim.models.directory import StoredTensor, stored_tensors, weight_files
 from brim.models.safetensors_header import read_header
@@ -59,23 +69,35 @@ def raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def write(path: Path, specs: Sequence[TensorSpec], pieces: Iterable[tuple[str, int, Tensor]]) -> None:
+    """A file of these tensors from pieces: of which tensor, from which byte of it on."""
+    file = safetensors_file(path.name, specs)
+    create(path, file, {})
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        for name, begin, piece in pieces:
+            write_at(descriptor, bytes_of(piece), file.places[name] + begin)
+    finally:
+        os.close(descriptor)
+    assert path.stat().st_size == file.nbytes
+
+
 @many
 @given(DRAWN, st.randoms(use_true_random=False))
 @example({"a": ("fp32", ()), "b": ("bool", (0, 3))}, None)
-def test_the_library_reads_what_was_appended(tmp_path: Path, drawn: dict[str, tuple[str, Any]], order: Any) -> None:
-    """Bytes appended in any order and in pieces are, to the safetensors library, the tensors they were; so to ours."""
+def test_the_library_reads_what_was_written(tmp_path: Path, drawn: dict[str, tuple[str, Any]], order: Any) -> None:
+    """Pieces written in any order are, to the safetensors library, the tensors they were; so to ours."""
     path = fresh(tmp_path) / "model.safetensors"
     tensors = {name: random_bytes(dtype, shape) for name, (dtype, shape) in drawn.items()}
-    pieces = [(name, piece) for name, tensor in tensors.items() for piece in tensor.reshape(-1).split(4)]
+    pieces = [
+        (name, 4 * number * tensor.itemsize, piece)
+        for name, tensor in tensors.items()
+        for number, piece in enumerate(tensor.reshape(-1).split(4))
+    ]
     if order:
-        names = [name for name, _ in pieces]
-        order.shuffle(names)
-        waiting = {name: iter([piece for other, piece in pieces if other == name]) for name in set(names)}
-        pieces = [(name, next(waiting[name])) for name in names]
+        order.shuffle(pieces)
     specs = [spec_of(name, drawn[name][0], tensor) for name, tensor in tensors.items()]
-    with SafetensorsWriter(path, specs) as writer:
-        for name, piece in pieces:
-            writer.append(name, piece)
+    write(path, specs, pieces)
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -121,64 +143,56 @@ def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
         list(tiles(stored))
 
 
-def test_too_few_bytes_are_never_a_file(tmp_path: Path) -> None:
-    """A tensor left short is our own mistake and stops the writing; a file that exists is not written over."""
-    spec = spec_of("a", "fp32", torch.ones(4))
-    with pytest.raises(AssertionError, match="not as many bytes"), SafetensorsWriter(tmp_path / "x", [spec]) as writer:
-        writer.append("a", torch.ones(3))
+def test_a_file_that_exists_is_not_written_over(tmp_path: Path) -> None:
+    """Nor is what is in it touched."""
+    (tmp_path / "x").write_text("mine")
     with pytest.raises(FileExistsError):
-        SafetensorsWriter(tmp_path / "x", [spec])
-
-
-class ShortFile:
-    """A raw file that takes three bytes at a time, and at the end none: a disk that runs full."""
-
-    def __init__(self, file: Any, room: int) -> None:
-        self.file, self.room = file, room
-
-    def write(self, view: memoryview) -> int:
-        taken = min(3, self.room, len(view))
-        if not taken:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        self.room -= taken
-        return int(self.file.write(view[:taken]))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
+        create(tmp_path / "x", safetensors_file("x", [spec_of("a", "fp32", torch.ones(4))]), {})
+    assert (tmp_path / "x").read_text() == "mine"
 
 
 @pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Files opened for writing take three bytes at a time, and as many in all as the list says."""
+def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every write takes three bytes at most, and as many in all as the list says: a disk that runs full."""
     left = [10**6]
-    plain = Path.open
+    plain = os.pwrite
 
-    def opened(self: Path, mode: str = "r", **options: Any) -> Any:
-        file: Any = plain(self, mode, **options)
-        return ShortFile(file, left[0]) if mode == "xb" else file
+    def short(descriptor: int, view: memoryview, offset: int) -> int:
+        taken = plain(descriptor, view[: min(3, left[0])], offset)
+        left[0] -= taken
+        if not taken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return taken
 
-    monkeypatch.setattr(Path, "open", opened)
-    yield left
+    monkeypatch.setattr(os, "pwrite", short)
+    return left
 
 
 def test_short_writes_are_continued(tmp_path: Path, room: list[int]) -> None:
     """Where the system takes fewer bytes than it is given, header and tensors are whole all the same."""
     tensor = torch.arange(100.0)
-    with SafetensorsWriter(tmp_path / "x", [spec_of("a", "fp32", tensor)]) as writer:
-        writer.append("a", tensor)
+    write(tmp_path / "x", [spec_of("a", "fp32", tensor)], [("a", 0, tensor)])
     assert torch.equal(load_file(tmp_path / "x")["a"], tensor)
 
 
 @pytest.mark.parametrize("bytes_left", [0, 20, 200])
 def test_a_full_disk_stops_and_closes(tmp_path: Path, room: list[int], bytes_left: int) -> None:
-    """A disk that runs full in the header or in a tensor is an error, and the file is closed (a leak would warn)."""
+    """A disk that runs full in the header or in a tensor is an error, and no file stays open."""
     room[0] = bytes_left
-    tensor = torch.arange(100.0)
-    with (
-        pytest.raises(OSError, match="No space left"),
-        SafetensorsWriter(tmp_path / "x", [spec_of("a", "fp32", tensor)]) as writer,
-    ):
-        writer.append("a", tensor)
+    tensor, before = torch.arange(100.0), len(list(Path("/dev/fd").iterdir()))
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "x", [spec_of("a", "fp32", tensor)], [("a", 0, tensor)])
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def test_constants_lie_at_their_places(tmp_path: Path) -> None:
+    """What is known beforehand is in the file from the start; the rest is zeros until it is written."""
+    shape, table = torch.tensor([3, 4]), torch.arange(5.0)
+    file = safetensors_file("x", [spec_of("shape", "int64", shape), spec_of("table", "fp32", table)])
+    create(tmp_path / "x", file, {"shape": raw(shape)})
+    loaded = load_file(tmp_path / "x")
+    assert loaded["shape"].tolist() == [3, 4]
+    assert not loaded["table"].any()
 
 
 SIZES = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=3), min_size=1, max_size=8)
@@ -193,29 +207,24 @@ def test_shards_are_a_partition(tmp_path: Path, sizes: list[list[int]], limit: i
         [TensorSpec(name=f"t{next(number)}", shape=(n,), dtype="int8", nbytes=n) for n in group] for group in sizes
     ]
     shards = plan_shards(groups, limit_bytes=limit)
-    assert [tensor for shard in shards for tensor in shard.tensors] == [tensor for group in groups for tensor in group]
+    in_order = []
     for shard in shards:
         held = [group for group in groups if group[0] in shard.tensors]
-        assert all(set(group) <= set(shard.tensors) for group in held)
+        in_order += held
+        assert {tensor for group in held for tensor in group} == set(shard.tensors)
         assert sum(tensor.nbytes for tensor in shard.tensors) <= limit or len(held) == 1
+    assert in_order == groups
     directory = fresh(tmp_path)
-    written(directory, shards)
-    write_index(directory, shards)
-    assert {file.name for file in weight_files(directory)} == {shard.file_name for shard in shards}
+    for shard in shards:
+        create(directory / shard.name, shard, {})
+    index = index_of(shards)
+    if index is not None:
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for group in groups for tensor in group)
+    assert (len(shards) == 1) == (index is None) == (shards[0].name == "model.safetensors")
+    assert {file.name for file in weight_files(directory)} == {shard.name for shard in shards}
     assert {stored.spec for stored in stored_tensors(directory)} == {tensor for group in groups for tensor in group}
     assert sum(file.stat().st_size for file in weight_files(directory)) == sum(shard.nbytes for shard in shards)
-    if len(shards) > 1:
-        index = json.loads((directory / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == sum(tensor.nbytes for group in groups for tensor in group)
-    else:
-        assert shards[0].file_name == "model.safetensors"
-
-
-def written(directory: Path, shards: tuple[Shard, ...]) -> None:
-    for shard in shards:
-        with SafetensorsWriter(directory / shard.file_name, shard.tensors) as writer:
-            for tensor in shard.tensors:
-                writer.append(tensor.name, torch.zeros(tensor.shape, dtype=torch.int8))
 
 
 def test_headers_are_the_librarys(tmp_path: Path) -> None:

@@ -139,11 +139,11 @@ def test_checkpoints_come_and_go(make_run: MakeRun) -> None:
     def on_step(record: StepRecord) -> None:
         found.append(sorted(path.name for path in checkpoints_of(job.output).glob("*")))
         if record.step == 3:
-            (checkpoints_of(job.output) / ".step-00000003.partial-killed").mkdir()
+            (checkpoints_of(job.output) / ".step-00000003.partial").mkdir()
 
     run(job, on_step=on_step)
     second, fourth = "step-00000002", "step-00000004"
-    assert found == [[], [], [second], [".step-00000003.partial-killed", second], [fourth], [fourth]]
+    assert found == [[], [], [second], [".step-00000003.partial", second], [fourth], [fourth]]
     assert not (job.output / "checkpoints").exists()
 
 

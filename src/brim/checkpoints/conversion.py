@@ -1,0 +1,82 @@
+"""`Conversion`: what becomes of one tensor, block by block. Formats bring an `encode`; `stream` runs it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from brim.checkpoints.reader import element_type
+from brim.checkpoints.scratch import Scratch
+from brim.checkpoints.statistics import Statistics, compare, look
+from brim.models.directory import StoredTensor
+from brim.models.spec import TensorSpec
+from brim.numerics.encode import TORCH_DTYPES
+
+BLOCK_ELEMENTS = 2**17
+"""Encoded at a time, unless a single row is longer: 512 KiB in FP32, thrice that with what encoding takes."""
+
+
+class Encoded(NamedTuple):
+    """Some rows of a tensor, encoded."""
+
+    parts: tuple[Tensor, ...]
+    """The next bytes of each output of the conversion; good until the next block is encoded."""
+    statistics: Statistics
+
+
+Encode = Callable[[Tensor, Scratch], Encoded]
+"""(Rows of the source, (R, row_elements), a worker's memory) -> what they become. Runs on several threads at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What becomes of one tensor. Its rows become the outputs' rows, in order."""
+
+    source: StoredTensor
+    outputs: tuple[TensorSpec, ...]
+    encode: Encode
+    row_elements: int
+    """Elements of the source that must be encoded together; all that share a scale, for one. 1: any number."""
+    row_bytes: tuple[int, ...]
+    """What one row becomes, in each output."""
+    work_bytes: int = 16
+    """Memory that `encode` takes, for each element, beside the block itself."""
+    constants: tuple[tuple[TensorSpec, bytes], ...] = ()
+    """Further outputs, known beforehand: a table, a shape."""
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """All that is written."""
+        return (*self.outputs, *(spec for spec, _ in self.constants))
+
+
+def keep(tensor: StoredTensor) -> Conversion:
+    """As it is, and looked at."""
+    row = row_elements(tensor.spec)
+    return Conversion(
+        source=tensor,
+        outputs=(tensor.spec,),
+        encode=lambda block, scratch: Encoded((block,), look(block, scratch)),
+        row_elements=row,
+        row_bytes=(row * element_type(tensor.spec).itemsize,),
+    )
+
+
+def cast(tensor: StoredTensor, output: TensorSpec) -> Conversion:
+    """In another float format."""
+    dtype, row = TORCH_DTYPES[output.dtype], row_elements(tensor.spec)
+
+    def encode(block: Tensor, scratch: Scratch) -> Encoded:
+        narrow = scratch.take("cast", block.shape, dtype).copy_(block)
+        return Encoded((narrow,), compare(block, narrow, scratch))
+
+    return Conversion(
+        source=tensor, outputs=(output,), encode=encode, row_elements=row, row_bytes=(row * dtype.itemsize,)
+    )
+
+
+def row_elements(spec: TensorSpec) -> int:
+    """Of one row where the tensor has rows of numbers, none too long; else 1."""
+    rows = len(spec.shape) > 1 and spec.dtype in TORCH_DTYPES and 0 < spec.shape[-1] <= BLOCK_ELEMENTS
+    return spec.shape[-1] if rows else 1
