@@ -2,17 +2,32 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from brim import units
 
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 notes = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+_LONG_S = 10
+"""Work that takes longer says how much time is left."""
 
 
 def complain(message: str) -> None:
@@ -31,29 +46,39 @@ def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+class _Speed(ProgressColumn):
+    """In the units of all else (rich's own column writes GB)."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{units.format_bytes(int(task.speed))}/s" if task.speed else "")
+
+
 @contextmanager
 def progress(title: str, *, in_bytes: bool = False) -> Iterator[units.Progress]:
-    """A bar with the time left on a terminal (and the bytes, if it counts them); elsewhere a line at each tenth."""
+    """A bar with the time left on a terminal, and if it counts bytes their speed; elsewhere a line at each tenth."""
     if not notes.is_terminal:
-        yield _plain_progress(title)
+        yield _plain_progress(title, in_bytes=in_bytes)
         return
-    count = (DownloadColumn(binary_units=True),) if in_bytes else ()
+    count = (DownloadColumn(binary_units=True), _Speed()) if in_bytes else ()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *count, TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _plain_progress(title: str) -> units.Progress:
+def _plain_progress(title: str, *, in_bytes: bool) -> units.Progress:
     notes.print(f"{title} ...", markup=False)
-    last_tenth = 0
+    last_tenth, started_s = 0, time.monotonic()
 
     def show(done: int, total: int) -> None:
         nonlocal last_tenth
         tenth = 10 * done // total if total else 10
         if tenth > last_tenth:
             last_tenth = tenth
-            notes.print(f"{title}: {10 * tenth} %", markup=False)
+            seconds = time.monotonic() - started_s
+            speed = f", {units.format_bytes(int(done / seconds))}/s" if in_bytes and seconds > 0 else ""
+            left = f", {units.format_duration(seconds * (total - done) / done)} left" if done < total else ""
+            notes.print(f"{title}: {10 * tenth} %{speed}{left if seconds > _LONG_S else ''}", markup=False)
 
     return show
 

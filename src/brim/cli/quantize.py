@@ -26,6 +26,10 @@ def command(
         Path | None,
         typer.Option(metavar="DIR", help="A directory to make; default: ./MODEL-FORMAT.", show_default=False),
     ] = None,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Beside what the interpreter takes, whatever the model's size.")
+    ] = "512MiB",
+    resume: Annotated[bool, typer.Option(help="Go on with a killed or interrupted run.")] = False,
     json: Json = False,
 ) -> None:
     """A smaller checkpoint: FP16, BF16, or INT8 linear weights."""
@@ -40,12 +44,13 @@ def command(
         raise UsageError(f"cannot quantize to {to!r}; formats: {', '.join(known)}")
     spec = describe(model)
     place = output or Path(f"{_short_name(model)}-{target}")
+    memory_bytes = units.parse_bytes(memory)
     check_output(place, source=spec.path)  # before anything is downloaded
     with console.progress(f"preparing {model}") as listen:
         source = local_directory(spec, progress=listen)
     started = time.perf_counter()
     with console.progress(f"quantizing to {target}", in_bytes=True) as listen:
-        report = quantize(source, place, to=target, progress=listen)
+        report = quantize(source, place, to=target, memory_bytes=memory_bytes, resume=resume, progress=listen)
     seconds = time.perf_counter() - started
     if json:
         console.print_json(_to_dict(report, model, place, seconds))

@@ -56,6 +56,12 @@ def make(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, **
 Maker = Callable[..., Path]
 
 
+@pytest.fixture(scope="session")
+def model_in() -> Maker:
+    """`model_in(family, directory)`, for fixtures that outlive a test."""
+    return make
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Maker:
     """`tiny(family)`: a directory of its own with a random model."""

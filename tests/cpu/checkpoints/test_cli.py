@@ -56,7 +56,9 @@ def test_the_table_is_the_report(tiny: Maker, tmp_path: Path, capsys: Captured) 
     lost = sorted((tensor for tensor in saved["tensors"] if tensor["sqnr_db"]), key=lambda tensor: tensor["sqnr_db"])
     assert [name for name, _ in worst] == [tensor["name"] for tensor in lost[:5]]
     lines = captured.err.splitlines()
-    tenths = [int(line.split()[-2]) for line in lines if line.endswith(" %")]
+    tenths = [
+        int(match[1]) for line in lines if (match := re.fullmatch(r"quantizing .*: (\d+) %, [\d.]+ \wiB/s", line))
+    ]
     assert tenths == sorted(set(tenths))
     assert tenths[-1] == 100
     assert lines[-1] == f"compare: brim evaluate {output} --baseline {source}"

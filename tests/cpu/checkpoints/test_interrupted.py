@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
+from brim.checkpoints import stream
 from brim.checkpoints.convert import _Collected, quantize
 from brim.cli import main
+from brim.errors import ModelFileError, UsageError
 from brim.publish import whole_directory
 
 Maker = Callable[..., Path]
@@ -36,6 +39,7 @@ def test_ctrl_c_leaves_nothing(tiny: Maker, tmp_path: Path, monkeypatch: pytest.
 KILLED = """
 import sys, time
 from pathlib import Path
+from brim.checkpoints import stream
 from brim.checkpoints.convert import quantize
 
 def progress(done, total):
@@ -43,25 +47,151 @@ def progress(done, total):
         print("half", flush=True)
         time.sleep(600)
 
+stream.FLUSH_S = -1.0
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), to="int8", progress=progress)
 """
 
 
-@pytest.mark.parametrize("name", ["output", "out[1]*"])
-def test_a_killed_run_leaves_nothing_visible(name: str, tiny: Maker, tmp_path: Path) -> None:
-    """After SIGKILL half-way there is no output of any name that is listed; the next run removes what is hidden."""
-    source, place = tiny("llama"), tmp_path / "place"
-    output = place / name
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def killed_half_way(source: Path, output: Path) -> None:
+    """A run that got SIGKILL when half of its chunks had been collected."""
     run = subprocess.Popen([sys.executable, "-c", KILLED, source, output], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
     assert run.stdout.readline() == "half\n"
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     run.stdout.close()
-    assert {path.name for path in place.iterdir()} == {f".{name}.partial", f".{name}.lock"}
-    quantize(source, output, to="int8")
-    assert list(place.iterdir()) == [output]
-    assert load_file(output / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def killed(model_in: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with a model and what a killed run left of its INT8 form."""
+    place = tmp_path_factory.mktemp("killed")
+    killed_half_way(model_in("llama", place / "llama"), place / "out[1]*")
+    return place
+
+
+@pytest.fixture
+def place(killed: Path, tmp_path: Path) -> Path:
+    """A copy of it, file times included."""
+    return shutil.copytree(killed, tmp_path / "place")
+
+
+def test_a_killed_run_leaves_nothing_visible(place: Path) -> None:
+    """After SIGKILL half-way there is no output of any name that is listed. A run that resumes gives, byte by byte,
+    what an undisturbed one gives, and does not do again what was done."""
+    output, source = place / "out[1]*", place / "llama"
+    assert {path.name for path in place.iterdir()} == {"llama", ".out[1]*.partial", ".out[1]*.lock"}
+    chunks = list[object]()
+
+    def counted(*arguments: Any) -> object:
+        chunks.append(arguments)
+        return converted(*arguments)
+
+    converted = stream._convert
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_convert", counted)
+        quantize(source, output, to="int8", resume=True)
+        resumed = len(chunks)
+        quantize(source, place / "undisturbed", to="int8", resume=True)
+    assert 0 < resumed < len(chunks) - resumed
+    assert contents(output) == contents(place / "undisturbed")
+    assert {path.name for path in place.iterdir()} == {"llama", "out[1]*", "undisturbed"}
+
+
+def test_without_resuming_it_starts_over(place: Path) -> None:
+    """What a killed run left is removed by the next of that name, which gives the same output."""
+    quantize(place / "llama", place / "out[1]*", to="bf16")
+    quantize(place / "llama", place / "undisturbed", to="bf16")
+    assert contents(place / "out[1]*") == contents(place / "undisturbed")
+
+
+def test_other_work_is_not_gone_on_with(place: Path) -> None:
+    """A killed run is resumed under the same settings and on the same files only; the refusal leaves it as it is."""
+    source, output, partial = place / "llama", place / "out[1]*", place / ".out[1]*.partial"
+    before = contents(partial)
+    with pytest.raises(UsageError, match=r"partial is a killed run of another model.*without --resume"):
+        quantize(source, output, to="bf16", resume=True)
+    os.utime(source / "model.safetensors", ns=(0, 0))
+    with pytest.raises(UsageError, match="killed run of another model"):
+        quantize(source, output, to="int8", resume=True)
+    assert contents(partial) == before
+
+
+def test_a_torn_journal_is_gone_on_from(place: Path) -> None:
+    """The last line of a journal may have been cut anywhere: what it was of is done again."""
+    journal = place / ".out[1]*.partial" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:4]) + lines[4][:9])
+    quantize(place / "llama", place / "out[1]*", to="int8", resume=True)
+    quantize(place / "llama", place / "undisturbed", to="int8")
+    assert contents(place / "out[1]*") == contents(place / "undisturbed")
+
+
+def test_damage_to_a_killed_run_is_found(place: Path) -> None:
+    """Bytes that changed since the journal vouched for them are found before anything is published."""
+    with (place / ".out[1]*.partial" / "model.safetensors").open("r+b") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(begin)
+        first = file.read(1)
+        file.seek(begin)
+        file.write(bytes([first[0] ^ 1]))
+    with pytest.raises(ModelFileError, match="came back from the disk other"):
+        quantize(place / "llama", place / "out[1]*", to="int8", resume=True)
+    assert [path.name for path in place.iterdir()] == ["llama"]
+
+
+def test_one_run_at_a_time(tiny: Maker, tmp_path: Path) -> None:
+    """While a run makes an output, a second is refused and does it no harm; other outputs are free."""
+    source, output = tiny("llama"), tmp_path / "output"
+    refusals = list[str]()
+
+    def second(done: int, total: int) -> None:
+        if not refusals:
+            with pytest.raises(UsageError, match="another run is writing") as caught:
+                quantize(source, output, to="bf16")
+            refusals.append(str(caught.value))
+            quantize(source, tmp_path / "other", to="bf16")
+
+    quantize(source, output, to="int8", progress=second)
+    assert refusals
+    quantize(source, tmp_path / "undisturbed", to="int8")
+    assert contents(output) == contents(tmp_path / "undisturbed")
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "output", "other", "undisturbed"}
+
+
+def test_ctrl_c_of_long_work_keeps_it(
+    tiny: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C once the journal has something ends with 75 and says how to go on; going on gives the same output."""
+    source, output = tiny("llama"), tmp_path / "output"
+    command = ["quantize", str(source), "--to", "int8", "--output", str(output)]
+    calls = iter(range(100))
+
+    def interrupted(self: object, nbytes: int) -> None:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "FLUSH_S", -1.0)
+        patch.setattr(_Collected, "count", interrupted)
+        assert main(command) == 75
+    assert "--resume goes on" in capsys.readouterr().err
+    assert not output.exists()
+    assert main([*command, "--resume", "--memory", "64MiB"]) == 0
+    quantize(source, tmp_path / "undisturbed", to="int8")
+    assert contents(output) == contents(tmp_path / "undisturbed")
+
+
+def test_too_little_memory_is_refused(tiny: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where not even one worker fits, that is said with the tensor, before anything is made."""
+    command = ["quantize", str(tiny("llama")), "--to", "int8", "--output", str(tmp_path / "output")]
+    assert main([*command, "--memory", "1MiB"]) == 3
+    assert "--memory allows 1.00 MiB" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
 def test_leftovers_of_others_stay(tmp_path: Path) -> None:
