@@ -105,7 +105,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "brim": __version__,
         "settings": job.settings,
         "cut": [BLOCK_ELEMENTS, CHUNK_BLOCKS],
-        "source": [[str(path.resolve()), facts.st_size, facts.st_mtime_ns] for path, facts in status],
+        "source": [[path.name, facts.st_size, facts.st_mtime_ns] for path, facts in status],
         "output": made.hexdigest(),
     }
 

@@ -96,7 +96,7 @@ def _prepared(
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # One process prepares, the others wait and find it done.
-    with FileLock(target.parent / f".{target.name}.lock"):
+    with FileLock(target.parent / f".{target.name}.waiting.lock"):
         if target.is_dir():
             return target
         source_bytes = sum(path.stat().st_size for path in sources) if len(sources) > 1 else 0
