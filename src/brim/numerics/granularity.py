@@ -39,3 +39,16 @@ class PerGroup:
 
 
 Granularity = PerTensor | PerChannel | PerGroup
+
+
+def parse_granularity(text: str) -> Granularity:
+    """`tensor`, `channel` or `group:32`. Raises UsageError."""
+    match text.partition(":"):
+        case ("tensor", "", ""):
+            return PerTensor()
+        case ("channel", "", ""):
+            return PerChannel()
+        case ("group", ":", size) if size.isdecimal():
+            return PerGroup(int(size))
+        case _:
+            raise UsageError(f"granularity {text!r} is not tensor, channel or group:SIZE; write for example group:64")

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from brim.errors import RecipeError
+from brim.errors import RecipeError, UsageError
+from brim.numerics.granularity import parse_granularity
 from brim.recipe.sections import Lora, Qat
 
 if TYPE_CHECKING:
@@ -27,13 +28,16 @@ def check_ranges(recipe: "Recipe") -> None:
             raise RecipeError(f"{key} = {value} is out of range; the least is {least}")
     if not 0 < recipe.optimizer.learning_rate < 1:
         raise RecipeError(f"optimizer.learning_rate = {recipe.optimizer.learning_rate} is not between 0 and 1")
+    try:
+        parse_granularity(recipe.qat.granularity)
+    except UsageError as error:
+        raise RecipeError(f"qat.granularity: {error}") from None
     if not recipe.lora.targets:
         raise RecipeError('lora.targets is empty; name modules, or write ["all-linear"]')
 
 
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
-    ("method", frozenset({"full", "lora", "qlora"}), "lora", "fake quantization is not built"),
     ("memory.offload", frozenset({"none"}), "none", "everything stays on one device"),
     ("parallel.nodes", frozenset({1}), "1", "a run uses one device"),
     ("parallel.devices_per_node", frozenset({1}), "1", "a run uses one device"),

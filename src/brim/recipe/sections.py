@@ -75,8 +75,19 @@ class Lora:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qat:
-    format: str = "int4"
+    format: Literal["int8", "int4", "int3", "int2"] = "int4"
+    """What the linear layers' weights are rounded to, as they are used in training and as they are saved."""
     granularity: str = "group:32"
+    """Which weights share a scale: tensor, channel, or group:SIZE."""
+    start: Literal["absmax", "mean", "least-squares"] = "least-squares"
+    """Scales to begin with: the largest weight is the last code; 2 mean|w| / sqrt(last code), LSQ's own; or the least
+    squared error."""
+    train: Literal["all", "scales"] = "all"
+    """scales: every weight stays as it is, only their scales are learned."""
+
+    @property
+    def bits(self) -> int:
+        return int(self.format.removeprefix("int"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

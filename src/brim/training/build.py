@@ -17,6 +17,7 @@ from brim.models.skeleton import DTYPES, attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
 from brim.training.checkpointing import checkpoint_blocks
+from brim.training.fake_quantized import quantize_fake
 from brim.training.fused_norm import fuse_norms
 from brim.training.head import OutputHead
 from brim.training.loss_scale import LossScale
@@ -59,8 +60,9 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     """A recipe's model and optimizer on a device; inside a fake mode, fake ones.
 
     `weights` is a directory in Hugging Face form; without it the weights are random. The order: weights in their
-    stored format, packed one by one as they come -> device -> adapters (they take the base's format and place) ->
-    checkpointing (it must see the final blocks) -> optimizer (it must see the final parameters).
+    stored format, packed one by one as they come -> device -> fake quantization (it takes the weights over) -> adapters
+    (they take the base's format and place) -> checkpointing (it must see the final blocks) -> optimizer (it must see
+    the final parameters).
 
     Raises RecipeError when the recipe does not go with the model.
     """
@@ -74,6 +76,8 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
         cast_norms(base)
     if recipe.library.norm == "fused":
         fuse_norms(base)
+    if recipe.method == "qat":
+        quantize_fake(base, recipe)
     model: nn.Module = base
     if recipe.adapts:
         model = add_lora(base, recipe)

@@ -30,6 +30,7 @@ from brim.training.build import Workload, build
 from brim.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brim.training.data import DataSet
 from brim.training.evaluation import mean_loss
+from brim.training.fake_quantized import save_integers
 from brim.training.metrics import Metrics, StepRecord
 from brim.training.schedule import learning_rate
 from brim.training.step import train_step
@@ -286,6 +287,8 @@ def _publish(job: Run, workload: Workload, history: _History, report: RunReport)
         workload.base.config.use_cache = job.spec.config.get("use_cache", True)
         if isinstance(workload.model, PeftModel):
             save_adapter(workload.model, job.spec, directory)
+        elif job.recipe.method == "qat":
+            save_integers(workload.base, directory, job.recipe)
         else:
             workload.base.save_pretrained(directory)
         job.tokenizer.save_pretrained(directory)

@@ -4,7 +4,6 @@ transformers' loader reads tensor by tensor when it quantizes, and lets others b
 each weight as it comes, whatever the family calls it in its files.
 """
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from brim.layers.packing import Int4, Int8, Nf4, Packing
 from brim.layers.swap import swap
 from brim.models.skeleton import DTYPES
 from brim.recipe import Precision, Recipe
-from brim.training.head import classifier_name
+from brim.training.linears import inner_linears
 
 _METHOD = "brim-packed"
 _STD = 0.02
@@ -38,19 +37,14 @@ class PackedBase:
     def __init__(self, recipe: Recipe) -> None:
         self._packing = packing_of(recipe.precision)
         self._compute = DTYPES[recipe.precision.compute]
-        self._classifies = recipe.task == "sequence-classification"
+        self._task = recipe.task
 
     def swap(self, model: PreTrainedModel) -> None:
         """Raises RecipeError where there is nothing to pack."""
-        head = getattr(model, classifier_name(model)) if self._classifies else model.get_output_embeddings()
-        inside = set() if head is None else set(head.modules())
-        kept = set(model._keep_in_fp32_modules or ())
-        holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
+        kept, inner = set(model._keep_in_fp32_modules or ()), inner_linears(model, self._task)
 
         def match(name: str, module: nn.Module) -> bool:
-            if not isinstance(module, Conv1D) and type(module) is not nn.Linear:
-                return False
-            return module not in inside and not kept & set(name.split(".")) and holders[id(module.weight)] == 1
+            return inner(name, module) and not kept & set(name.split("."))
 
         if not swap(model, match=match, make=self._packed):
             raise RecipeError(

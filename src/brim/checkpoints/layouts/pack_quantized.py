@@ -1,0 +1,63 @@
+"""compressed-tensors' `pack-quantized` layout: linear weights in a few bits, packed into int32 along each row.
+
+A linear module P holds `P.weight_packed`, int32 (out, words), `P.weight_scale` in the weight's dtype and of shape
+(out, in / group), (out, 1) or (1,), and `P.weight_shape`, int64 [out, in]; no `P.weight`. Element i of a row, less the
+least code, is at bits [i b, (i + 1) b) of the row's little-endian words; widths that do not divide 32 cross from word
+to word (0.20 on).
+Read by transformers and vLLM (and llama.cpp's converter, by group); config keys as of compressed-tensors 0.20.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LAYOUT = "pack-quantized"
+
+
+def tensors(codes_RK: Tensor, scale: Tensor, *, bits: int) -> dict[str, Tensor]:
+    """What a module holds, by the name's last part."""
+    return {
+        "weight_packed": pack(codes_RK, bits=bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(codes_RK.shape, dtype=torch.int64),
+    }
+
+
+def pack(codes_RK: Tensor, *, bits: int) -> Tensor:
+    """int32 words of int8 codes."""
+    rows, inputs = codes_RK.shape
+    unsigned = (codes_RK.cpu().numpy().astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    spread = (unsigned[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    row_bytes = np.packbits(spread.reshape(rows, inputs * bits), axis=1, bitorder="little")
+    padded = np.pad(row_bytes, ((0, 0), (0, -row_bytes.shape[1] % 4)))
+    return torch.from_numpy(padded.view("<i4"))
+
+
+def config(*, bits: int, granularity: str, ignore: Sequence[str]) -> Mapping[str, Any]:
+    """`quantization_config` of config.json; `ignore` names every linear module that was left alone."""
+    strategy, _, size = granularity.partition(":")
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": False}
+    if size:
+        weights["group_size"] = int(size)
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": LAYOUT,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": LAYOUT,
+        # Without it transformers takes the codes for weights and says nothing.
+        "quantization_status": "compressed",
+        # transformers makes plain weights of the codes when it loads, as it would at the first use; so T5 loads, too.
+        "dequantize": True,
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": list(ignore),
+        "config_groups": {"group_0": group},
+    }

@@ -1,0 +1,27 @@
+"""Which linear layers of a model are packed or fake-quantized: all below the head whose weight is theirs alone."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from brim.recipe import Task
+from brim.training.head import classifier_name
+
+
+def inner_linears(model: PreTrainedModel, task: Task) -> Callable[[str, nn.Module], bool]:
+    """A filter for `layers.swap`. GPT-2's transposed linears count; heads and shared weights do not."""
+    classifies = task == "sequence-classification"
+    head = getattr(model, classifier_name(model)) if classifies else model.get_output_embeddings()
+    in_head = set() if head is None else set(head.modules())
+    holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
+
+    def match(_: str, module: nn.Module) -> bool:
+        # not subclasses: some read their own weight
+        if not isinstance(module, Conv1D) and type(module) is not nn.Linear:
+            return False
+        return module not in in_head and holders[id(module.weight)] == 1
+
+    return match
