@@ -1,0 +1,144 @@
+"""qat: what is learned through rounding is saved as integers, and others read the very weights that were trained."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from brim.checkpoints.layouts import pack_quantized
+from brim.errors import RecipeError, Stopped
+from brim.layers.fake_quantize import FakeQuantizedLinear
+from brim.models import describe
+from brim.recipe import Precision, Qat, Recipe, Training
+from brim.training.batches import synthetic_batch
+from brim.training.build import Workload, build
+from brim.training.fake_quantized import save_integers
+from brim.training.loop import Run, run
+from brim.training.step import train_step
+
+MakeRecipe = Callable[..., Recipe]
+MakeRun = Callable[..., Run]
+MakeWorkload = Callable[[Recipe], Workload]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_packing_is_compressed_tensors(bits: int) -> None:
+    """Codes of any width, in rows that do and do not fill words, come back from compressed-tensors' unpacking."""
+    for inputs in (32, 24, 13):
+        span = 2 ** (bits - 1)
+        codes = torch.randint(-span, span, (5, inputs), dtype=torch.int8)
+        packed = pack_quantized.pack(codes, bits=bits)
+        assert torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "int3", "int2"])
+def test_the_loss_falls_and_scales_are_learned(
+    format: Any, make_recipe: MakeRecipe, make_workload: MakeWorkload
+) -> None:
+    """On a repeated batch the loss falls, and every scale has moved."""
+    recipe = make_recipe("llama", method="qat", qat=Qat(format=format, granularity="group:16"))
+    workload = make_workload(recipe)
+    before = {name: tensor.detach().clone() for name, tensor in workload.trainable.items() if name.endswith("scale")}
+    assert len(before) == 14
+    batch = synthetic_batch(recipe, describe(recipe.model))
+    losses = [float(train_step(workload, [batch], learning_rate=3e-3)) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(workload.trainable[name], tensor) for name, tensor in before.items())
+
+
+def test_scales_alone(make_recipe: MakeRecipe, make_workload: MakeWorkload) -> None:
+    """With qat.train = scales the loss falls although no weight, norm or embedding moves."""
+    recipe = make_recipe("llama", method="qat", qat=Qat(format="int3", granularity="group:16", train="scales"))
+    workload = make_workload(recipe)
+    assert all(name.endswith(".scale") for name in workload.trainable)
+    frozen = {name: p.detach().clone() for name, p in workload.model.named_parameters() if not p.requires_grad}
+    batch = synthetic_batch(recipe, describe(recipe.model))
+    losses = [float(train_step(workload, [batch], learning_rate=3e-3)) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(dict(workload.model.named_parameters())[name], tensor) for name, tensor in frozen.items())
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group:16"])
+@pytest.mark.parametrize(
+    ("family", "format"), [("llama", "int8"), ("llama", "int4"), ("gemma3", "int4"), ("llama", "int3"), ("t5", "int4")]
+)
+def test_readers_see_the_trained_weights(
+    family: str, format: Any, granularity: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    """transformers loads OUTPUT and gives the logits of the trained model; its files hold codes, not the weights."""
+    settings = {"method": "qat", "qat": Qat(format=format, granularity=granularity)}
+    job = make_run(family, training=Training(max_steps=3), **settings)
+    run(job)
+    stored = load_file(job.output / "model.safetensors")
+    kind: Any = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    loaded = kind.from_pretrained(job.output).eval()
+    trained = trained_again(job)
+    inputs = {"input_ids": torch.arange(1, 13)[None]}
+    if family == "t5":
+        inputs["decoder_input_ids"] = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.allclose(loaded(**inputs).logits, trained(**inputs).logits, atol=1e-4)
+    for name, module in trained.named_modules():
+        if isinstance(module, FakeQuantizedLinear):
+            assert f"{name}.weight" not in stored
+            codes = unpack_from_int32(stored[f"{name}.weight_packed"], module.grid.bits, module.weight.shape)
+            assert torch.equal(codes, module.codes())
+
+
+def trained_again(job: Run) -> nn.Module:
+    """The model at the end of the same run, as it was trained."""
+    kept: list[Workload] = []
+
+    def remember(*arguments: Any, **settings: Any) -> Workload:
+        kept.append(build(*arguments, **settings))
+        return kept[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("brim.training.loop.build", remember)
+        run(replace(job, output=job.output.with_name("again")))
+    return kept[0].model.eval()
+
+
+def test_bf16_is_read_in_bf16(make_recipe: MakeRecipe, make_workload: MakeWorkload, tmp_path: Path) -> None:
+    """BF16 weights are trained with BF16 scales, so what a BF16 reader decodes is what was trained."""
+    recipe = make_recipe("llama", method="qat", precision=Precision(), qat=Qat(granularity="channel"))
+    workload = make_workload(recipe)
+    batch = synthetic_batch(recipe, describe(recipe.model))
+    for _ in range(3):
+        train_step(workload, [batch], learning_rate=1e-3)
+    save_integers(workload.base, tmp_path, recipe)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    workload.model.eval()
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=torch.arange(1, 13)[None]).logits for model in (workload.model, loaded))
+    assert loaded.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert settings["ignore"] == ["lm_head"]
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(make_run: MakeRun, tmp_path: Path) -> None:
+    """Stopped after two of four steps and gone on with, the integers are the same, bit by bit."""
+    settings = {"method": "qat", "qat": Qat(granularity="group:16"), "training": Training(max_steps=4)}
+    whole, broken = (make_run("llama", output=tmp_path / name, **settings) for name in ("whole", "broken"))
+    run(whole)
+    steps: list[Any] = []
+    with pytest.raises(Stopped):
+        run(broken, on_step=steps.append, should_stop=lambda: len(steps) == 2)
+    run(replace(broken, resume=True))
+    ours, theirs = (load_file(job.output / "model.safetensors") for job in (whole, broken))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_transposed_layers_are_refused(make_recipe: MakeRecipe) -> None:
+    """GPT-2 has no layout of integers that others read, and the refusal says so before a step is done."""
+    recipe = make_recipe("gpt2", method="qat")
+    with pytest.raises(RecipeError, match="transposed"):
+        build(recipe, describe(recipe.model))
