@@ -190,7 +190,6 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
 @pytest.mark.parametrize(
     ("key", "value", "nearest"),
     [
-        ("method", "qat", "method = lora"),
         ("memory.offload", "all", "memory.offload = none"),
         ("parallel.nodes", 2, "parallel.nodes = 1"),
         ("parallel.sharding", "zero3", "parallel.sharding = none"),

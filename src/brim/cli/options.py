@@ -18,7 +18,7 @@ DeviceName = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GPU that need not be here, as a100.")]
 Risk = Annotated[float, typer.Option(help="On a GPU: the share of published runs that may pass the upper bound.")]
 Memory = Annotated[str | None, typer.Option(help="Use at most this much, as 24GiB.")]
-Method = Annotated[str | None, typer.Option(help="full, lora or qlora.")]
+Method = Annotated[str | None, typer.Option(help="full, lora, qlora or qat.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens of a row.")]
 MicroBatchSize = Annotated[int | None, typer.Option(help="Rows that go through the model at once.")]
 Settings = Annotated[

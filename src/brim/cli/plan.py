@@ -30,7 +30,7 @@ def command(
         str | None, typer.Option(help="Budget, as 2GiB. Default: what is free now.", show_default=False)
     ] = None,
     method: Annotated[
-        Literal["auto", "full", "lora", "qlora"], typer.Option(help="auto compares the others.")
+        Literal["auto", "full", "lora", "qlora", "qat"], typer.Option(help="auto compares all but qat.")
     ] = "auto",
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a row. Default: 1024 or fewer.", show_default=False)

@@ -30,7 +30,7 @@ def gpu_band(recipe: Recipe, *, risk: float = DEFAULT_RISK) -> tuple[float, floa
 def kind_of_run(recipe: Recipe) -> str:
     """`full, transformers`: what the errors are sorted by."""
     code = "litgpt" if recipe.library.loss == "litgpt" else "transformers"
-    return f"{'full' if recipe.method == 'full' else 'lora'}, {code}"
+    return f"{'full' if recipe.trains_weights else 'lora'}, {code}"
 
 
 @cache

@@ -7,6 +7,7 @@ Ignored: rotary tables, buffers, scalars, padding masks, and temporaries inside 
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from brim.memory import kept
 from brim.memory.anatomy import Block, Stack, anatomy
@@ -14,6 +15,7 @@ from brim.memory.kept import BF16, FP32, Terms
 from brim.memory.packed import packed_bytes, packed_linears
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
+from brim.numerics.granularity import parse_granularity
 from brim.recipe import Recipe
 from brim.report import Ledger
 
@@ -21,6 +23,8 @@ ERROR_BAND = (-0.10, 0.10)
 """Relative error (low, high) that the search allows for before a rehearsal: tests/cpu/test_closed_form_measured.py."""
 
 _INDEX_BYTES = 8
+_ROUNDING_BYTES = 17
+"""Of an element of a rounded weight in backward: gradient, slope and their product in FP32, and where it is clipped."""
 
 
 def closed_form(spec: ModelSpec, recipe: Recipe) -> Ledger:
@@ -117,7 +121,7 @@ class _Step:
         """
         t = self.terms
         in_place = t.mixed or self.chunked
-        gradients = t.weight_bytes * self.spec.num_parameters
+        gradients = t.weight_bytes * self.spec.num_parameters + self.scale_bytes
         flowing = FP32 * self.tokens * t.parts.hidden_size if in_place else 0
         if t.parts.tied_head:
             gradients += (1 if in_place else 2) * t.weight_bytes * t.parts.embedding_parameters
@@ -132,7 +136,8 @@ class _Step:
         workspace = state_cost(self.recipe.optimizer).temporary_bytes(self.largest_trained, stepped_bytes)
         if self.has_master:
             workspace += FP32 * self.largest_trained
-        return self.ledger(gradients=self.trainable * self.terms.weight_bytes, workspace=workspace)
+        gradients = self.trainable * self.terms.weight_bytes + self.scale_bytes
+        return self.ledger(gradients=gradients, workspace=workspace)
 
     def ledger(self, *, activations: int = 0, loss: int = 0, gradients: int = 0, workspace: int = 0) -> Ledger:
         """A moment: what lives from step to step, and what is given.
@@ -166,7 +171,7 @@ class _Step:
 
     @property
     def trainable(self) -> int:
-        """Parameters."""
+        """Parameters, learned scales not counted."""
         return self.spec.num_parameters if self.terms.trains_base else self.adapters
 
     @property
@@ -186,7 +191,19 @@ class _Step:
             for count, linear in packed_linears(self.terms.parts):
                 plain -= count * linear.inputs * linear.outputs
                 packed += count * packed_bytes(linear, self.recipe.precision)
-        return self.terms.weight_bytes * plain + packed
+        return self.terms.weight_bytes * plain + packed + self.scale_bytes
+
+    @property
+    def scale_bytes(self) -> int:
+        """Learned scales, FP32."""
+        if not self.terms.rounds:
+            return 0
+        return sum(stack.num_blocks * self._block_scales(stack.block) for stack in self.terms.parts.stacks)
+
+    def _block_scales(self, block: Block) -> int:
+        granularity = parse_granularity(self.recipe.qat.granularity)
+        shapes = (granularity.scale_shape((linear.outputs, linear.inputs)) for linear in block.linears)
+        return sum(FP32 * prod(shape) for shape in shapes) if self.terms.rounds else 0
 
     @property
     def has_master(self) -> bool:
@@ -196,9 +213,10 @@ class _Step:
     def optimizer_states(self) -> int:
         """In the format of what is updated (AdamW: two moments); and the FP32 master copy, if it is that."""
         cost = state_cost(self.recipe.optimizer)
+        scales = cost.state_bytes(self.scale_bytes // FP32, FP32)
         if self.has_master:
-            return self.trainable * FP32 + cost.state_bytes(self.trainable, FP32)
-        return cost.state_bytes(self.trainable, self.terms.weight_bytes)
+            return self.trainable * FP32 + cost.state_bytes(self.trainable, FP32) + scales
+        return cost.state_bytes(self.trainable, self.terms.weight_bytes) + scales
 
     @property
     def batch_bytes(self) -> int:
@@ -283,17 +301,15 @@ class _Step:
         freed = kept.feed_forward_bytes(feed, length, t)
         scores = (kept.score_gradient_bytes(attention, length, t) for attention in stack.block.attentions)
         masks = kept.mask_bytes(stack.block, length, t)
-        return self.unpacked(stack) + max(through + masks, *(nbytes - freed for nbytes in scores))
-
-    def unpacked(self, stack: Stack) -> int:
-        """The largest weight of a packed base's block, made anew for a product."""
         largest = max(linear.inputs * linear.outputs for linear in stack.block.linears)
-        return self.terms.compute_bytes * largest if self.terms.packed else 0
+        unpacked = t.compute_bytes * largest if t.packed else 0
+        rounded = _ROUNDING_BYTES * largest if t.rounds else 0
+        return max(rounded, unpacked + through + masks, *(unpacked + nbytes - freed for nbytes in scores))
 
     def block_gradients(self, stack: Stack) -> int:
         linears = sum(line.num_parameters for line in stack.block.linears)
         trained = linears if self.terms.trains_base else self.terms.adapter_parameters(stack.block)
-        return stack.num_blocks * trained * self.terms.weight_bytes
+        return stack.num_blocks * (trained * self.terms.weight_bytes + self._block_scales(stack.block))
 
     def length(self, stack: Stack) -> int:
         return self.terms.source_len if stack.row == "source" else self.terms.target_len

@@ -36,7 +36,9 @@ class Terms:
     targets: tuple[str, ...]
     eager: bool
     packed: bool
-    """Each linear's weight is made anew for its product."""
+    """Each linear's weight is made anew for its product, of frozen codes."""
+    rounds: bool
+    """Each linear's weight is made anew for its product, rounded with a scale that is learned."""
 
     @property
     def mixed(self) -> bool:
@@ -47,7 +49,7 @@ class Terms:
         return self.rank > 0 and (self.targets == ("all-linear",) or linear.name in self.targets)
 
     def keeps_input(self, linear: Linear) -> bool:
-        return self.trains_base or self.adapts(linear)
+        return self.trains_base or self.rounds or self.adapts(linear)
 
     def adapter_parameters(self, block: Block) -> int:
         return sum(self.rank * (line.inputs + line.outputs) for line in block.linears if self.adapts(line))
@@ -62,11 +64,12 @@ def terms(parts: Anatomy, recipe: Recipe) -> Terms:
         target_len=recipe.target_len if encoder_decoder else recipe.seq_len,
         weight_bytes=_BYTES[recipe.plain_format],
         compute_bytes=_BYTES[recipe.precision.compute],
-        trains_base=recipe.method == "full",
+        trains_base=recipe.trains_weights,
         rank=recipe.lora.rank if recipe.adapts else 0,
         targets=recipe.lora.targets,
         eager=recipe.memory.attention == "eager",
         packed=recipe.precision.packed,
+        rounds=recipe.method == "qat",
     )
 
 
@@ -124,8 +127,8 @@ def weight_cast_bytes(block: Block, t: Terms) -> int:
     """BF16 copies of FP32 weights under autocast; backward needs them, frozen or not."""
     if not t.mixed:
         return 0
-    frozen = 0 if t.packed else sum(line.num_parameters for line in block.linears)
-    return BF16 * (frozen + t.adapter_parameters(block))
+    cast = 0 if t.packed or t.rounds else sum(line.num_parameters for line in block.linears)
+    return BF16 * (cast + t.adapter_parameters(block))
 
 
 def stack_bytes(stack: Stack, tokens: int, t: Terms) -> int:

@@ -43,7 +43,7 @@ def rough(spec: ModelSpec, recipe: Recipe) -> Ledger:
 
 def trained_parameters(spec: ModelSpec, recipe: Recipe) -> int:
     """All of them, or an adapter on each linear of a usual block."""
-    if recipe.method == "full":
+    if recipe.trains_weights:
         return spec.num_parameters
     return recipe.lora.rank * spec.num_layers * (8 * spec.hidden_size + 3 * (spec.hidden_size + _feed_width(spec)))
 
@@ -71,7 +71,7 @@ class _Parts:
 
     @property
     def weights(self) -> int:
-        adapters = 0 if self.recipe.method == "full" else trained_parameters(self.spec, self.recipe)
+        adapters = 0 if self.recipe.trains_weights else trained_parameters(self.spec, self.recipe)
         tables = (1 if self.spec.tied_head else 2) * self.spec.vocab_size * self.spec.hidden_size
         packed = max(0, self.spec.num_parameters - tables) if self.recipe.precision.packed else 0
         held = packed * _PACKED_BITS.get(self.recipe.precision.weights, 0) // 8

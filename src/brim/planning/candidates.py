@@ -30,14 +30,14 @@ _METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora
 _CHECKPOINTING: tuple[Settings, ...] = tuple({"memory.activation_checkpointing": kind} for kind in ("none", "full"))
 _OPTIMIZERS: tuple[Settings, ...] = tuple({"optimizer.name": name} for name in ("adamw", "adamw8bit"))
 _LOSS: tuple[Settings, ...] = tuple({"memory.loss": kind} for kind in ("full", "chunked"))
-_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4, "qat": 2e-5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
     """What the user has decided; the planner decides the rest."""
 
-    method: Literal["auto", "full", "lora", "qlora"] = "auto"
+    method: Literal["auto", "full", "lora", "qlora", "qat"] = "auto"
     seq_len: int | None = None
     """None: 1024, or as many as the model knows positions if that is less."""
     global_batch_size: int | None = None

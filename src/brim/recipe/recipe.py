@@ -60,6 +60,11 @@ class Recipe:
         return self.method in ("lora", "qlora")
 
     @property
+    def trains_weights(self) -> bool:
+        """Whether the model's own weights are trained."""
+        return self.method == "full" or (self.method == "qat" and self.qat.train == "all")
+
+    @property
     def plain_format(self) -> Literal["fp32", "bf16", "fp16"]:
         """Of all that is not packed: every weight, or a packed base's embeddings, norms and head; and of adapters."""
         weights = self.precision.weights

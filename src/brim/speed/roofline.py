@@ -124,8 +124,8 @@ def _forward_backward_traffic(t: Terms, *, checkpointed: bool) -> int:
     )
     logits = 8 * FP32 * t.rows * t.target_len * t.parts.vocab_size
     weights = t.weight_bytes * (t.parts.block_linear_parameters + t.parts.embedding_parameters)
-    # a packed weight is read, and written and read as it is made anew
-    passes = 2.5 if t.packed else 1
+    # made anew for each product: a packed weight is read, written and read; a rounded one in five operators
+    passes = 2.5 if t.packed else 10 if t.rounds else 1
     return (4 + checkpointed) * activations + logits + int(passes * (2 + checkpointed + t.trains_base) * weights)
 
 

@@ -50,7 +50,7 @@ def open_workplace(output: Path, recipe: Recipe, predicted: Ledger, *, resume: b
     Raises what `check_output` does, and DoesNotFitError when the disk lacks the room.
     """
     check_output(output, resume=resume)
-    trained_bytes = predicted.weights if recipe.method == "full" else predicted.optimizer
+    trained_bytes = predicted.weights if recipe.trains_weights else predicted.optimizer
     # Two checkpoints while the newer is written; or one, and the model.
     check_room(output, 2 * (trained_bytes + predicted.optimizer), what="the run's checkpoints and output")
     workplace = workplace_of(output)
