@@ -35,6 +35,8 @@ class Terms:
     """0 without adapters."""
     targets: tuple[str, ...]
     eager: bool
+    shares_rows: bool
+    """Several examples a row: attention takes a mask, which it keeps, and with it no grouped heads."""
     packed: bool
     """Each linear's weight is made anew for its product, of frozen codes."""
     rounds: bool
@@ -68,6 +70,7 @@ def terms(parts: Anatomy, recipe: Recipe) -> Terms:
         rank=recipe.lora.rank if recipe.adapts else 0,
         targets=recipe.lora.targets,
         eager=recipe.memory.attention == "eager",
+        shares_rows=recipe.training.packing,
         packed=recipe.precision.packed,
         rounds=recipe.method == "qat",
     )
@@ -219,6 +222,8 @@ def _scores(attention: Attention, tokens: int, keys: int, t: Terms) -> int:
         expanded = t.rows * keys * attention.query_width
         return e * queries + FP32 * (queries + 2 * expanded) + scores * (3 * FP32 if dropout else FP32)
     mask = e * scores if t.parts.num_bias_buckets else 0
+    if t.shares_rows:
+        width, mask = t.rows * keys * attention.query_width, e * t.rows * tokens * keys
     return e * 2 * (queries + width) + FP32 * count * attention.num_heads + mask
 
 

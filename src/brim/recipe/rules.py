@@ -59,6 +59,11 @@ def check_runs(recipe: "Recipe") -> None:
             value = getattr(value, part)
         if value not in runnable:
             raise RecipeError(f"{key} = {value} cannot run in this version ({why}); nearest: {key} = {nearest}")
+    if recipe.training.packing and recipe.task != "causal-lm":
+        raise RecipeError(
+            f'training.packing = true is for texts that are read from left to right, and task = "{recipe.task}" is '
+            "not one of those; nearest: training.packing = false"
+        )
     _check_in_backward(recipe)
     _check_fp16(recipe)
     _check_packed(recipe)

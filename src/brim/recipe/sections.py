@@ -64,6 +64,8 @@ class Training:
     evaluate_every: int = 0
     """Steps between evaluations; 0: only at the end, when evaluation data is given."""
     seed: int = 0
+    packing: bool = False
+    """Whole examples share a row and do not see each other; otherwise texts follow each other, cut where a row ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from brim.layers.chunked_loss import IGNORED
 from brim.models import ModelSpec
 from brim.recipe import Recipe
+from brim.training.packing import halves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,22 +22,28 @@ class Batch:
     """BT: the token that each position is to predict; -100 where there is nothing to learn. Classification: B."""
     attention_mask: Tensor | None = None
     """1 for tokens and 0 for padding, as `input_ids`; None where no row is padded."""
+    position_ids: Tensor | None = None
+    """BT, counted anew in each example; None where a row is one."""
     num_targets: int
     """Labels that are not -100."""
 
     def mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with each tensor replaced by what `move` makes of it."""
-        mask = self.attention_mask
+        mask, positions = self.attention_mask, self.position_ids
         return replace(
             self,
             input_ids=move(self.input_ids),
             labels=move(self.labels),
             attention_mask=None if mask is None else move(mask),
+            position_ids=None if positions is None else move(positions),
         )
 
 
 def synthetic_batch(recipe: Recipe, spec: ModelSpec, *, seed: int = 0) -> Batch:
-    """Random tokens in the recipe's shape; where real data is padded, one row has one token of padding."""
+    """Random tokens in the recipe's shape; where real data is padded, one row has one token of padding.
+
+    Packed rows hold two examples each: their number does not matter to memory.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> Tensor:
@@ -44,7 +51,10 @@ def synthetic_batch(recipe: Recipe, spec: ModelSpec, *, seed: int = 0) -> Batch:
 
     if recipe.task in ("causal-lm", "masked-lm"):
         labels = tokens(recipe.seq_len)
-        return Batch(input_ids=tokens(recipe.seq_len), labels=labels, num_targets=labels.numel())
+        positions = halves(recipe.micro_batch_size, recipe.seq_len) if recipe.training.packing else None
+        return Batch(
+            input_ids=tokens(recipe.seq_len), labels=labels, position_ids=positions, num_targets=labels.numel()
+        )
     mask = torch.ones(recipe.micro_batch_size, recipe.seq_len, dtype=torch.long)
     mask[0, -1] = 0
     if recipe.task == "sequence-classification":

@@ -23,6 +23,7 @@ from brim.training.head import OutputHead
 from brim.training.loss_scale import LossScale
 from brim.training.optimizer import Stepper
 from brim.training.packed_base import PackedBase, cast_norms
+from brim.training.packing import check_takes_positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,8 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
         base.config.pad_token_id = 0  # some look for it, to find each row's last token; data brings its own
     if recipe.precision.packed and recipe.library.frozen == "fp32-norms":
         cast_norms(base)
+    if recipe.training.packing:
+        check_takes_positions(base)
     if recipe.library.norm == "fused":
         fuse_norms(base)
     if recipe.method == "qat":

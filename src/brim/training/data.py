@@ -20,6 +20,7 @@ from brim.layers.chunked_loss import IGNORED
 from brim.recipe import Recipe
 from brim.training.batches import Batch
 from brim.training.masking import Masking
+from brim.training.packing import pack
 from brim.training.rows import Row
 
 
@@ -33,6 +34,8 @@ class DataSet:
     """RT; R for classification."""
     attention_mask: Tensor | None = None
     """As `input_ids`; None where no row is padded."""
+    position_ids: Tensor | None = None
+    """As `input_ids`; None where a row is one example, or a piece of one text."""
     masking: Masking | None = None
     """Chooses other targets for each step; masked-lm only, whose `labels` are the tokens themselves."""
     classes: tuple[str, ...] = ()
@@ -66,7 +69,8 @@ class DataSet:
     def fingerprint(self) -> str:
         """The same for the same examples; another for any others."""
         digest = hashlib.sha256()
-        for tensor in (self.input_ids, self.labels):
+        positions = () if self.position_ids is None else (self.position_ids,)
+        for tensor in (self.input_ids, self.labels, *positions):
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
@@ -89,6 +93,7 @@ class DataSet:
             input_ids=input_ids,
             labels=labels,
             attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
+            position_ids=None if self.position_ids is None else self.position_ids[rows],
             num_targets=int((labels != IGNORED).sum()),
         )
 
@@ -101,7 +106,21 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
         return _masked_blocks(rows, tokenizer, recipe)
     if recipe.task == "sequence-classification":
         return _labelled(rows, tokenizer, recipe)
+    if recipe.training.packing:
+        return _packed(rows, tokenizer, recipe)
     return _blocks(rows, tokenizer, recipe)
+
+
+def _packed(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
+    """Whole examples, each with its end token, as many to a row as go in."""
+    end = tokenizer.eos_token_id
+    texts = tokenizer([row.text for row in rows], verbose=False)["input_ids"]
+    examples = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in texts]
+    examples = [ids for ids in examples if len(ids) > 1]
+    if not examples:
+        raise DataError("no example of the data has two tokens: there is no next token to learn")
+    inputs, labels, positions = pack(examples, recipe.seq_len, padding=end if end is not None else 0)
+    return DataSet(input_ids=inputs, labels=labels, position_ids=positions)
 
 
 def _blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:

@@ -32,6 +32,7 @@ from brim.training.data import DataSet
 from brim.training.evaluation import mean_loss
 from brim.training.fake_quantized import save_integers
 from brim.training.metrics import Metrics, StepRecord
+from brim.training.packing import check_apart
 from brim.training.schedule import learning_rate
 from brim.training.step import train_step
 from brim.training.workplace import (
@@ -90,6 +91,8 @@ def _run(job: Run, *, on_step: OnStep, should_stop: ShouldStop) -> RunReport:
             _tell_classes(job, workload)
             if workload.head.chunked:
                 workload.head.check_finish(workload.model, _few_tokens(job, workload))
+            if job.recipe.training.packing:
+                check_apart(workload.model, _few_tokens(job, workload)["input_ids"])
             history = _resumed(job, workload)
             _train(job, workload, history, meter, on_step=on_step, should_stop=should_stop)
         report = _report(job, history)

@@ -68,6 +68,8 @@ def _inputs(workload: Workload, batch: Batch) -> dict[str, Tensor]:
     inputs = {"input_ids": batch.input_ids}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = batch.attention_mask
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids
     if workload.recipe.task == "seq2seq-lm":
         inputs["decoder_input_ids"] = workload.base.prepare_decoder_input_ids_from_labels(labels=batch.labels)
     return inputs
