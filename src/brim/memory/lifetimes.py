@@ -23,6 +23,8 @@ class LifetimeMeter(TorchDispatchMode):
         self.trace = Trace()
         self.before: Callable[[Any], None] | None = None
         """Told each operator before it runs; None: nobody asks."""
+        self.after: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
+        """Told each operator, its arguments and its result after it ran; None: nobody asks."""
         self._line = "workspace"
         self._blocks: dict[int, Block] = {}
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -43,6 +45,8 @@ class LifetimeMeter(TorchDispatchMode):
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
                     self.see(leaf)
+        if self.after is not None:
+            self.after(func, args, kwargs or {}, out)
         return out
 
     def switch(self, line: str) -> None:

@@ -1,0 +1,162 @@
+"""What a rehearsed step does, operator by operator, and how long a calibrated processor takes for it.
+
+The rehearsal runs every operator of the step on fake tensors, so their number and sizes are exact, for every family and
+lever. The time of each is its products at the measured rate of their shape and format, its bytes at the measured rate of
+such a pass (what it makes is touched for the first time), and its dispatch (`hardware.operator_rates`). An operator runs
+after another; nothing overlaps.
+
+Ignored: what reading and preparing a batch takes, and that a tensor may still be in the cache from the operator before.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from brim.hardware.operator_rates import Attention, Format, OperatorRates, Pass, Product, product_shape
+
+_aten = torch.ops.aten
+_FUNCTIONS = (
+    "exp", "tanh", "silu", "gelu", "sigmoid", "softmax", "erf", "log", "cos", "sin", "softplus", "elu", "dropout",
+    "bernoulli", "rsqrt", "normal", "random",
+)  # fmt: skip
+"""Parts of names of operators whose elements take more than an instruction; their backwards, too."""
+_REDUCTIONS = ("sum", "mean", "norm", "amax", "argmax", "any", "all", "var", "cumsum")
+_NOTHING = ("empty", "new_empty", "detach", "alias", "lift_fresh", "resize_", "_local_scalar_dense", "empty_strided")
+"""They allocate or look, and touch no element."""
+
+
+@dataclass(kw_only=True)
+class StepWork:
+    """Operators so far, those of one kind and size counted together."""
+
+    products: dict[tuple[Product, Format], float] = field(default_factory=lambda: defaultdict(float))
+    """FLOPs by shape and format."""
+    attention: dict[tuple[Attention, Format, int], float] = field(default_factory=lambda: defaultdict(float))
+    """FLOPs by direction, format and keys of a row."""
+    passes: dict[tuple[Pass, Format, int], float] = field(default_factory=lambda: defaultdict(float))
+    """Bytes by kind, format and size of the largest tensor."""
+    num_operators: int = 0
+
+    def seconds(self, rates: OperatorRates) -> float:
+        """On a device of these rates."""
+        total = self.num_operators * rates.overhead_s
+        for (shape, number_format), flops in self.products.items():
+            total += rates.product_s(flops, shape=shape, number_format=number_format)
+        for (direction, number_format, tokens), flops in self.attention.items():
+            total += rates.attention_s(flops, tokens=tokens, direction=direction, number_format=number_format)
+        for (kind, number_format, largest), nbytes in self.passes.items():
+            total += rates.pass_s(nbytes, largest=largest, kind=kind, number_format=number_format)
+        return total
+
+
+class OperatorMeter:
+    """Told every operator after it ran, by the meter of lifetimes."""
+
+    def __init__(self) -> None:
+        self.work = StepWork()
+
+    def start(self) -> None:
+        """Forget what was seen: a step begins."""
+        self.work = StepWork()
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        name = func.overloadpacket.__name__
+        if name in _NOTHING:
+            return
+        self.work.num_operators += 1
+        if (count := _PRODUCTS.get(func)) is not None:
+            for shape, number_format, flops in count(args):
+                self.work.products[shape, number_format] += flops
+            self._move("fresh", [out])
+        elif "flash_attention_for_cpu" in name:
+            self._attention(name, args)
+            self._move("fresh", [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
+        elif not func.is_view:
+            self._pass(name, args, kwargs, out)
+
+    def _move(self, kind: Pass, tensors: list[Tensor], size: int | None = None) -> None:
+        for tensor in tensors:
+            nbytes = _nbytes(tensor)
+            self.work.passes[kind, _format(tensor), size or nbytes] += nbytes
+
+    def _attention(self, name: str, args: tuple[Any, ...]) -> None:
+        backward = name.endswith("backward")
+        query, keys = args[1:3] if backward else args[:2]
+        rows, heads, tokens, width = query.shape
+        flops = (5 if backward else 2) * 2 * rows * heads * tokens * keys.shape[2] * width
+        direction: Attention = "attention-backward" if backward else "attention"
+        self.work.attention[direction, _format(query), keys.shape[2]] += flops
+
+    def _pass(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        held = {_storage(leaf) for leaf in read}
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in outputs if _storage(leaf) not in held]
+        in_place = func_writes_inputs(name)
+        if not made and not in_place:
+            return  # a view by another name (contiguous of what is so, to the same format)
+        if name in ("embedding", "index_select", "index", "gather"):
+            read = made  # as many elements as come out
+        written = made if not in_place else _written(name, read, outputs)
+        largest = max(map(_nbytes, [*read, *written]), default=0)
+        if any(part in name for part in _FUNCTIONS):
+            self._move("function", [*read, *written], largest)
+        elif in_place:
+            self._move("in-place", [*read, *written], largest)
+        else:
+            reduces = any(part in name for part in _REDUCTIONS)
+            self._move("reduce" if reduces else "in-place", read, largest)
+        self._move("fresh", made)
+
+
+def func_writes_inputs(name: str) -> bool:
+    """`add_`, `_fused_adamw_`, `copy_`; PyTorch's own rule of names."""
+    return name.endswith("_")
+
+
+def _written(name: str, read: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    """Fused optimizers write weights and states, not gradients; others their first argument."""
+    if name.startswith("_fused_adam"):
+        return read[: len(read) * 3 // 4]
+    if name.startswith("_foreach"):
+        return read[: max(1, len(read) // 2)] if len(read) > 1 else read
+    return outputs or read[:1]
+
+
+def _matmul(left: Tensor, right: Tensor) -> Iterator[tuple[Product, Format, float]]:
+    *batch, rows, inner = left.shape
+    columns = right.shape[-1]
+    flops = 2.0 * rows * inner * columns * (batch[0] if batch else 1)
+    yield product_shape(rows, inner, columns), _format(left), flops
+
+
+def _grouped(left: Tensor, right: Tensor) -> Iterator[tuple[Product, Format, float]]:
+    """Experts: each row meets one of them; the weights' gradient has two flat operands."""
+    rows, inner = left.shape[-2:]
+    yield product_shape(rows, inner, right.shape[-1]), _format(left), 2.0 * rows * inner * right.shape[-1]
+
+
+_PRODUCTS: dict[Any, Callable[[tuple[Any, ...]], Iterator[tuple[Product, Format, float]]]] = {
+    _aten.mm.default: lambda args: _matmul(args[0], args[1]),
+    _aten.bmm.default: lambda args: _matmul(args[0], args[1]),
+    _aten.addmm.default: lambda args: _matmul(args[1], args[2]),
+    _aten.baddbmm.default: lambda args: _matmul(args[1], args[2]),
+    _aten._grouped_mm.default: lambda args: _grouped(args[0], args[1]),
+}
+
+
+def _format(tensor: Tensor) -> Format:
+    return "bf16" if tensor.dtype in (torch.bfloat16, torch.float16) else "fp32"
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
