@@ -18,6 +18,8 @@ from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger, Peak, Prediction
 from brim.speed import step_time
+from brim.speed.bands import OPERATORS, roofline_basis, time_range
+from brim.speed.operators import OperatorMeter
 from brim.training.batches import synthetic_batch
 from brim.training.build import build
 from brim.training.step import train_step
@@ -36,8 +38,12 @@ def rehearse(
 
     `risk`: the share of published runs that may lie above the upper bound of a GPU's peak.
     """
-    peak, ledger = peak_on(device, rehearse_trace(spec, recipe, device=device))
-    seconds = step_time(spec, recipe, device)
+    meter = None if device.operators is None else OperatorMeter()
+    peak, ledger = peak_on(device, rehearse_trace(spec, recipe, device=device, operators=meter))
+    if meter is None or device.operators is None:
+        seconds, basis = step_time(spec, recipe, device), roofline_basis(device)
+    else:
+        seconds, basis = meter.work.seconds(device.operators), OPERATORS
     return Prediction(
         model=spec.name,
         recipe=recipe.to_dict(),
@@ -46,6 +52,8 @@ def rehearse(
         peak=peak,
         ledger=ledger,
         step_time_s=seconds,
+        step_time_range_s=time_range(seconds, basis=basis, identity=device.identity),
+        step_time_basis=basis,
         tokens_per_s=recipe.tokens_per_step / seconds,
         method="rehearsal",
         error_band=ERROR_BAND if device.kind == "cpu" else gpu_band(recipe, risk=risk),
@@ -72,10 +80,17 @@ def peak_on(device: Device, trace: Trace) -> tuple[Peak, Ledger]:
     return peak, replace(ledger, context=context, fragmentation=held.reserved_bytes - ledger.total)
 
 
-def rehearse_trace(spec: ModelSpec, recipe: Recipe, *, steps: int = 2, device: Device | None = None) -> Trace:
+def rehearse_trace(
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    steps: int = 2,
+    device: Device | None = None,
+    operators: OperatorMeter | None = None,
+) -> Trace:
     """Every allocation and free of the build and of `steps` optimizer steps, by owner.
 
-    None as the device: a CPU.
+    None as the device: a CPU. `operators` hears of the last step's operators.
     """
     synthetic = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
     with FakeWorld() as world, owners.listening(world.meter), ExitStack() as stack:
@@ -83,6 +98,9 @@ def rehearse_trace(spec: ModelSpec, recipe: Recipe, *, steps: int = 2, device: D
             stack.enter_context(cuda_kernels(device, world.meter))
         workload = build(recipe, spec)
         batches = [batch.mapped(world.bring) for batch in synthetic]
+        world.meter.after = operators
         for _ in range(steps):
+            if operators is not None:
+                operators.start()
             train_step(workload, batches, learning_rate=recipe.optimizer.learning_rate)
         return world.meter.trace

@@ -80,6 +80,11 @@ class Prediction:
     method: Literal["rehearsal", "closed-form"]
     error_band: tuple[float, float]
     """Relative error of the peak, low and high: (-0.001, 0.001) says within 0.1 %."""
+    step_time_range_s: tuple[float, float] | None = None
+    """Where the step's time lay in four of five runs of this kind, the user's own where there are some; None: not
+    known."""
+    step_time_basis: str = ""
+    """What the time was told from; `speed.bands` files its errors under it."""
     reasons: tuple[str, ...] = ()
     """Why it does not fit, and warnings about the recipe."""
 
@@ -98,6 +103,8 @@ class Prediction:
             "ledger": self.ledger.to_dict(),
             "fits": self.fits,
             "step_time_s": self.step_time_s,
+            "step_time_range_s": None if self.step_time_range_s is None else list(self.step_time_range_s),
+            "step_time_basis": self.step_time_basis,
             "tokens_per_s": self.tokens_per_s,
             "method": self.method,
             "error_band": list(self.error_band),

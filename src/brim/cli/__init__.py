@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import brim
 from brim import errors
-from brim.cli import console, demo, evaluate, formats, generate, growth, plan, predict, quantize, tune
+from brim.cli import console, demo, doctor, evaluate, formats, generate, growth, plan, predict, quantize, tune
 from brim.cli.quiet import quiet_torch
 
 INTERRUPTED = 130
@@ -46,6 +46,7 @@ def frame(
 
 
 app.command("demo")(demo.command)
+app.command("doctor")(doctor.command)
 app.command("evaluate")(evaluate.command)
 # A negative number begins like an option.
 app.command("formats", context_settings={"ignore_unknown_options": True})(formats.command)

@@ -12,6 +12,7 @@ from brim.memory.bands import DEFAULT_RISK
 from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Prediction
+from brim.speed.bands import CPU_ROOFLINE
 
 
 def command(
@@ -85,8 +86,17 @@ def show(prediction: Prediction) -> None:
     fits = "fits" if prediction.fits else "does not fit"
     console.out.print(
         f"{fits} in {units.format_bytes(prediction.budget_bytes)}; "
-        f"about {units.format_duration(prediction.step_time_s)} a step, "
+        f"about {units.format_duration(prediction.step_time_s)} a step{_time_range(prediction)}, "
         f"{units.format_count(prediction.tokens_per_s)} tokens/s ({prediction.method})"
     )
+    if prediction.step_time_basis == CPU_ROOFLINE:
+        console.note("the step's time is rough: brim doctor --calibrate measures what this machine achieves")
     for reason in prediction.reasons:
         console.note(reason)
+
+
+def _time_range(prediction: Prediction) -> str:
+    if prediction.step_time_range_s is None:
+        return ""
+    low, high = map(units.format_duration, prediction.step_time_range_s)
+    return f" ({low} to {high})"

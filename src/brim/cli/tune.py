@@ -13,12 +13,18 @@ from rich.table import Table
 from brim import units
 from brim.cli import console, options, picture
 from brim.errors import DoesNotFitError, Stopped, UsageError
+from brim.hardware.detect import detect_host
+from brim.hardware.rates import cpu_identity
 from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.report import LEDGER_LINES, Prediction, RunReport
+from brim.speed.bands import keep_run
 
 if TYPE_CHECKING:
     from brim.training.metrics import StepRecord
+
+_FEWEST_TIMED_STEPS = 3
+"""The first step sets things up; a median needs some more."""
 
 
 def command(
@@ -74,6 +80,7 @@ def command(
             )
         with show_steps(recipe) as on_step:
             report = run(job, on_step=on_step, should_stop=stop.asked_after_step)
+    _keep_step_time(report, device)
     _draw(plot, report, budget_bytes=None if cap is None else predicted.budget_bytes)
     if json:
         console.print_json(report.to_dict())
@@ -92,6 +99,17 @@ def predict(recipe: Recipe, spec: ModelSpec, device: str, cap: int | None) -> Pr
     predicted = rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
     refuse_if_over(predicted)
     return predicted
+
+
+def _keep_step_time(report: RunReport, device: str) -> None:
+    """The next prediction's range knows how this run went."""
+    if device == "cpu" and report.steps >= _FEWEST_TIMED_STEPS:
+        keep_run(
+            basis=report.predicted.step_time_basis,
+            identity=cpu_identity(detect_host()),
+            predicted_s=report.predicted.step_time_s,
+            measured_s=report.measured.step_time_s,
+        )
 
 
 def _draw(plot: Path | None, report: RunReport, *, budget_bytes: int | None) -> None:

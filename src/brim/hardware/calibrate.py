@@ -93,7 +93,7 @@ def _chain() -> None:
     tensor = start
     for _ in range(20):
         tensor = tensor * start
-    tensor.sum().backward()  # type: ignore[no-untyped-call]
+    tensor.sum().backward()
 
 
 def _pass(kind: Pass, size: int, dtype: torch.dtype) -> tuple[Callable[[], Any], int]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from brim.hardware.operator_rates import OperatorRates
+
 DeviceKind = Literal["cpu", "cuda"]
 MatmulFormat = Literal["fp32", "bf16", "fp16"]
 MATMUL_FORMATS: tuple[MatmulFormat, ...] = get_args(MatmulFormat)
@@ -32,6 +34,11 @@ class Device:
     """`9.0`; AMD's own names (`gfx942`); empty for a processor."""
     context_bytes: int | None = None
     """CUDA context, where it was measured on such a device."""
+
+    operators: OperatorRates | None = None
+    """How fast it runs each kind of operator, where it was calibrated."""
+    identity: str = ""
+    """What decides its speed, as kept measurements are filed: processor, threads, version of torch."""
 
     @property
     def compute_major(self) -> int | None:

@@ -7,12 +7,14 @@ kept per processor, thread count and version of torch.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from brim.errors import UnknownNameError, did_you_mean
+from brim.hardware.calibrate import operator_rates
 from brim.hardware.detect import detect_host, is_busy
 from brim.hardware.device import Device, MatmulFormat
 from brim.hardware.rates import Rates, cpu_device, cpu_identity, keep_rates, kept_rates
@@ -52,6 +54,19 @@ def measured_rates(kind: str, identity: str, *, cache: Path | None = None) -> Ra
         if not busy:
             keep_rates(identity, rates, cache=cache)
     return rates
+
+
+def calibrate(*, cache: Path | None = None) -> tuple[Rates, bool]:
+    """Rates of this machine's processor with those of a step's operators, measured anew, and whether they were kept.
+
+    They are not where others use the processors meanwhile.
+    """
+    host = detect_host()
+    busy = is_busy()
+    rates = replace(measure("cpu"), operators=operator_rates())
+    if not busy:
+        keep_rates(cpu_identity(host), rates, cache=cache)
+    return rates, not busy
 
 
 def measure(kind: str) -> Rates:

@@ -11,6 +11,7 @@ from typing import Any
 from brim.errors import UnknownNameError, did_you_mean
 from brim.hardware.detect import Host, detect_host
 from brim.hardware.device import MATMUL_FORMATS, Device, MatmulFormat
+from brim.hardware.operator_rates import OperatorRates
 from brim.publish import write_whole
 
 
@@ -20,6 +21,8 @@ class Rates:
 
     flops: Mapping[MatmulFormat, float]
     bandwidth_bytes_per_s: float
+    operators: OperatorRates | None = None
+    """Of a step's operators; None where nobody calibrated (`brim doctor --calibrate`)."""
 
 
 def quick_device(name: str, memory_bytes: int | None = None) -> Device:
@@ -44,6 +47,8 @@ def cpu_device(host: Host, rates: Rates) -> Device:
         flops=rates.flops,
         bandwidth_bytes_per_s=rates.bandwidth_bytes_per_s,
         cores=host.cores,
+        operators=rates.operators,
+        identity=cpu_identity(host),
     )
 
 
@@ -68,7 +73,9 @@ def kept_rates(identity: str, *, cache: Path | None = None) -> Rates | None:
 def keep_rates(identity: str, rates: Rates, *, cache: Path | None = None) -> None:
     """Add a row to the file. A file that cannot be written costs a second next time, no more."""
     path = cache or cache_path()
-    row = {"flops": dict(rates.flops), "bandwidth": rates.bandwidth_bytes_per_s}
+    row: dict[str, Any] = {"flops": dict(rates.flops), "bandwidth": rates.bandwidth_bytes_per_s}
+    if rates.operators is not None:
+        row["operators"] = rates.operators.to_dict()
     try:
         write_whole(path, json.dumps({**_rows(path), identity: row}, indent=1))
     except OSError:
@@ -99,4 +106,5 @@ def _rates_from(row: Any) -> Rates | None:
     return Rates(
         flops={name: float(row["flops"][name]) for name in MATMUL_FORMATS},
         bandwidth_bytes_per_s=float(row["bandwidth"]),
+        operators=OperatorRates.from_dict(row.get("operators")),
     )

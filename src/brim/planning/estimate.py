@@ -8,6 +8,7 @@ from brim.memory.constants import context_bytes, cublas_workspace_bytes
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger, Peak, Prediction
+from brim.speed.bands import roofline_basis, time_range
 from brim.speed.roofline import step_time, tokens_per_s
 from brim.units import format_bytes
 
@@ -33,6 +34,8 @@ def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
         peak=Peak(allocated_bytes=ledger.total - ledger.context, device_bytes=ledger.total if on_gpu else None),
         ledger=ledger,
         step_time_s=seconds,
+        step_time_range_s=time_range(seconds, basis=roofline_basis(device), identity=device.identity),
+        step_time_basis=roofline_basis(device),
         tokens_per_s=tokens_per_s(recipe, seconds),
         method="closed-form",
         error_band=error_band,

@@ -1,9 +1,9 @@
 """What a rehearsed step does, operator by operator, and how long a calibrated processor takes for it.
 
-The rehearsal runs every operator of the step on fake tensors, so their number and sizes are exact, for every family and
-lever. The time of each is its products at the measured rate of their shape and format, its bytes at the measured rate of
-such a pass (what it makes is touched for the first time), and its dispatch (`hardware.operator_rates`). An operator runs
-after another; nothing overlaps.
+The rehearsal runs every operator of the step on fake tensors, so their number and sizes are exact, for every family
+and lever. The time of each is its products at the measured rate of their shape and format, its bytes at the measured
+rate of such a pass (what it makes is touched for the first time), and its dispatch (`hardware.operator_rates`). An
+operator runs after another; nothing overlaps.
 
 Ignored: what reading and preparing a batch takes, and that a tensor may still be in the cache from the operator before.
 """
