@@ -56,8 +56,8 @@ def test_prediction_json_is_the_contract() -> None:
     """`predict --json` has exactly the contract's keys, in its order, and is JSON."""
     value = json.loads(json.dumps(prediction().to_dict()))
     assert list(value) == [
-        "schema", "model", "recipe", "device", "peak", "ledger", "fits", "step_time_s", "tokens_per_s", "method",
-        "error_band", "reasons",
+        "schema", "model", "recipe", "device", "peak", "ledger", "fits", "step_time_s", "step_time_range_s",
+        "step_time_basis", "tokens_per_s", "method", "error_band", "reasons",
     ]  # fmt: skip
     assert value["schema"] == 1
     assert value["device"] == {"name": "cpu", "memory_bytes": 100}

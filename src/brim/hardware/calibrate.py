@@ -28,6 +28,7 @@ DTYPES: dict[Format, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat
 _SHAPES = {
     # tokens x hidden x feed-forward of a small model; its vocabulary; a short batch; adapters of rank 16
     "square": (512, 768, 2048),
+    "turned": (2048, 512, 768),
     "wide": (512, 768, 32768),
     "few": (64, 768, 2048),
     "thin": (512, 16, 768),
@@ -35,8 +36,8 @@ _SHAPES = {
 }
 _ROWS, _HEADS, _WIDTH = 2, 8, 64
 """Of attention: rows, heads, width of a head."""
-_WEIGHT_BYTES = 2**25
-"""Of weights that a product is timed with, in turn."""
+_OPERAND_BYTES = 2**25
+"""Of operands that a product is timed with, in turn."""
 NUM_CHAINED = 20 + 2 + 20 * 2 + 20
 """Operators of `_chain`: products, sum and its ones and expansion, two products of backward and their sum."""
 _HELD_BYTES = 2**27
@@ -74,17 +75,25 @@ def operator_rates(*, seconds_each: float = 0.03, clock: Clock = time.perf_count
 
 
 def _product(product: Product, dtype: torch.dtype) -> tuple[Callable[[], Any], int]:
-    """A linear's product, once with each of several weights: a step comes back to a weight when it left the cache."""
+    """A linear's product, once with each of several operands: a step comes back to one when it has left the cache."""
     rows, inner, columns = _SHAPES[product]
-    left, out = torch.randn(rows, inner).to(dtype), torch.empty(rows, columns, dtype=dtype)
-    count = max(2, _WEIGHT_BYTES // (inner * columns * dtype.itemsize)) if inner * columns > 2**16 else 2
-    weights = [torch.randn(columns, inner).to(dtype) for _ in range(count)]
+    count = max(2, _OPERAND_BYTES // (inner * columns * dtype.itemsize)) if inner * columns > 2**16 else 2
+    out = torch.empty(rows, columns, dtype=dtype)
+    if product == "turned":
+        pairs = [(_random(inner, rows, dtype).t(), _random(inner, columns, dtype)) for _ in range(count)]
+    else:
+        left = _random(rows, inner, dtype)
+        pairs = [(left, _random(columns, inner, dtype).t()) for _ in range(count)]  # weights lie transposed
 
     def work() -> None:
-        for weight in weights:
-            torch.mm(left, weight.t(), out=out)  # a linear's weight lies transposed
+        for left, right in pairs:
+            torch.mm(left, right, out=out)
 
     return work, count * 2 * rows * inner * columns
+
+
+def _random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(rows, columns).to(dtype)
 
 
 def _chain() -> None:

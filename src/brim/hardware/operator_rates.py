@@ -13,10 +13,11 @@ from typing import Any, Literal
 Format = Literal["fp32", "bf16"]
 FORMATS: tuple[Format, ...] = ("fp32", "bf16")
 
-Product = Literal["square", "wide", "few", "thin", "narrow"]
-"""Shape of a matrix product: all sides middling; a vocabulary's side; few rows; a short inner side (adapters' second
+Product = Literal["square", "turned", "wide", "few", "thin", "narrow"]
+"""Shape of a matrix product: all sides middling; the same with its left side transposed in memory, as for the gradient
+of a weight; a vocabulary's side; few rows; a short inner side (adapters' second
 matrix); a short other side (their first)."""
-PRODUCTS: tuple[Product, ...] = ("square", "wide", "few", "thin", "narrow")
+PRODUCTS: tuple[Product, ...] = ("square", "turned", "wide", "few", "thin", "narrow")
 SHORT_SIDE, FEW_ROWS, WIDE_SIDE = 64, 128, 16384
 
 Pass = Literal["fresh", "in-place", "function", "reduce"]
@@ -84,14 +85,16 @@ KEYS = (
 )
 
 
-def product_shape(rows: int, inner: int, columns: int) -> Product:
-    """The class of a (rows x inner) (inner x columns) product."""
+def product_shape(rows: int, inner: int, columns: int, *, turned: bool = False) -> Product:
+    """The class of a (rows x inner) (inner x columns) product; `turned`: its left side lies transposed."""
     if inner < SHORT_SIDE:
         return "thin"
     if min(rows, columns) < SHORT_SIDE:
         return "narrow"
     if max(rows, inner, columns) > WIDE_SIDE:
         return "wide"
+    if turned:
+        return "turned"
     return "few" if rows <= FEW_ROWS else "square"
 
 

@@ -132,7 +132,8 @@ def _matmul(left: Tensor, right: Tensor) -> Iterator[tuple[Product, Format, floa
     *batch, rows, inner = left.shape
     columns = right.shape[-1]
     flops = 2.0 * rows * inner * columns * (batch[0] if batch else 1)
-    yield product_shape(rows, inner, columns), _format(left), flops
+    turned = left.stride(-1) != 1
+    yield product_shape(rows, inner, columns, turned=turned), _format(left), flops
 
 
 def _grouped(left: Tensor, right: Tensor) -> Iterator[tuple[Product, Format, float]]:
