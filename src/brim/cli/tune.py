@@ -84,9 +84,9 @@ def command(
     _draw(plot, report, budget_bytes=None if cap is None else predicted.budget_bytes)
     if json:
         console.print_json(report.to_dict())
-        return 0
-    show(report)
-    console.out.print(f"written: {target}", markup=False)
+    else:
+        show(report)
+        console.out.print(f"written: {target}", markup=False)
     return 0
 
 
