@@ -80,13 +80,8 @@ def command(
             )
         with show_steps(recipe) as on_step:
             report = run(job, on_step=on_step, should_stop=stop.asked_after_step)
-    _keep_step_time(report, device)
     _draw(plot, report, budget_bytes=None if cap is None else predicted.budget_bytes)
-    if json:
-        console.print_json(report.to_dict())
-    else:
-        show(report)
-        console.out.print(f"written: {target}", markup=False)
+    _conclude(report, device, target, json=json)
     return 0
 
 
@@ -101,8 +96,8 @@ def predict(recipe: Recipe, spec: ModelSpec, device: str, cap: int | None) -> Pr
     return predicted
 
 
-def _keep_step_time(report: RunReport, device: str) -> None:
-    """The next prediction's range knows how this run went."""
+def _conclude(report: RunReport, device: str, target: Path, *, json: bool) -> None:
+    """Print the report, and keep its step time: the next prediction's range knows how this run went."""
     if device == "cpu" and report.steps >= _FEWEST_TIMED_STEPS:
         keep_run(
             basis=report.predicted.step_time_basis,
@@ -110,6 +105,11 @@ def _keep_step_time(report: RunReport, device: str) -> None:
             predicted_s=report.predicted.step_time_s,
             measured_s=report.measured.step_time_s,
         )
+    if json:
+        console.print_json(report.to_dict())
+    else:
+        show(report)
+        console.out.print(f"written: {target}", markup=False)
 
 
 def _draw(plot: Path | None, report: RunReport, *, budget_bytes: int | None) -> None:
