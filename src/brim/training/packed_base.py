@@ -147,5 +147,6 @@ class _Pack(ConversionOps):  # type: ignore[misc]
             weight_RK = weight.T.contiguous() if layer.transposed else weight
             held = layer.packing.pack(weight_RK.to(layer.compute))
             layer._is_hf_initialized = True
-            converted |= {f"{parent}.{key}": tensor for key, tensor in held.items()}
+            # Some are views, and a view keeps its base's memory when its own data is replaced, as `load` does.
+            converted |= {f"{parent}.{key}": tensor.clone() for key, tensor in held.items()}
         return converted

@@ -14,6 +14,7 @@ from brim.errors import RecipeError
 from brim.layers.packed_linear import PackedLinear
 from brim.layers.packing import Nf4, held_bytes
 from brim.memory.anatomy import Linear
+from brim.memory.measured import CpuMeter
 from brim.memory.packed import packed_bytes
 from brim.models import describe
 from brim.models.skeleton import DTYPES
@@ -71,6 +72,19 @@ def test_loaded_and_random_bases_hold_the_same_tensors(
     """Name, shape and dtype of all that lives: what is rehearsed on random weights is what is loaded."""
     recipe = make_recipe(family, method="qlora", precision=FORMATS[format])
     assert tensors_of(make_workload(recipe)) == tensors_of(build(recipe, describe(recipe.model)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_lives_beside_a_loaded_base(format: str, make_recipe: MakeRecipe, make_workload: MakeWorkload) -> None:
+    """What the allocator holds after loading is the model's own tensors: no second copy of them, no plain weight."""
+    recipe = make_recipe("llama-wide", method="qlora", precision=FORMATS[format])
+    make_workload(recipe)  # what libraries make once and keep
+    with CpuMeter() as meter:
+        workload = make_workload(recipe)
+        live, _ = meter.sample()
+    tensors = [*workload.model.parameters(), *workload.model.buffers()]
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert sum(held.values()) <= live <= sum(held.values()) + 1024
 
 
 @pytest.mark.parametrize("format", FORMATS)
