@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brim.checkpoints.conversion import Encoded
 from brim.checkpoints.scratch import Scratch
-from brim.checkpoints.statistics import Statistics, compare, count_nonzero, largest_of_rows, widened
+from brim.checkpoints.statistics import RowSums, compare, count_nonzero, largest_of_rows, widened
 from brim.numerics.encode import decode, encode_integer, storable_scale
 from brim.numerics.formats import FORMATS
 from brim.numerics.granularity import PerChannel
@@ -20,38 +20,43 @@ _LARGEST = FORMATS["int8"].codes[1]
 
 
 def encode_rows(block_RK: Tensor, scratch: Scratch, *, scale_dtype: torch.dtype) -> Encoded:
-    """Codes (R, K) and scales (R, 1)."""
+    """Codes (R, K) and scales (R,)."""
     if block_RK.dtype == torch.float64:
         return _encode_double(block_RK, scratch, scale_dtype)
     values_RK = widened(block_RK, scratch)
-    top_R1 = largest_of_rows(values_RK).unsqueeze(-1)
-    stored_R1 = storable_scale(top_R1 / _LARGEST, largest_code=_LARGEST, dtype=scale_dtype)
-    scale_R1 = stored_R1.float()
-    scaled_RK = torch.div(values_RK, scale_R1, out=scratch.take("scaled", block_RK.shape, torch.float32))
-    rounded_RK = torch.round(scaled_RK, out=scratch.take("rounded", block_RK.shape, torch.float32))
-    clipped = 0
-    # The largest element of a row has the largest code.
-    if bool(((top_R1 / scale_R1).round_() > _LARGEST).any()):
-        clipped = int((rounded_RK.abs() > _LARGEST).sum())
-        rounded_RK.clamp_(-_LARGEST, _LARGEST)
+    top_R = largest_of_rows(values_RK)
+    stored_R = storable_scale(top_R / _LARGEST, largest_code=_LARGEST, dtype=scale_dtype)
+    scale_R = stored_R.float()
+    scaled_RK = scratch.take("scaled", block_RK.shape, torch.float32)
+    rounded_RK = scratch.take("rounded", block_RK.shape, torch.float32)
+    torch.div(values_RK, scale_R.unsqueeze(-1), out=scaled_RK)
+    torch.round(scaled_RK, out=rounded_RK)
+    # The largest element of a row has the largest code. A scale in FP32 is too near absmax/127 to leave one past 127.
+    clips = scale_dtype != torch.float32 and bool(((top_R / scale_R).round_() > _LARGEST).any())
+    clipped = _clip(rounded_RK) if clips else 0
     codes_RK = scratch.take("codes", block_RK.shape, torch.int8).copy_(rounded_RK)
-    sums = Statistics(elements=block_RK.numel(), clipped=clipped)
-    sums.largest, sums.zero_rows = float(top_R1.max()), int((top_R1 == 0).sum())
-    sums.scale_min, sums.scale_max = float(scale_R1.min()), float(scale_R1.max())
-    # In steps of the code first, where no square leaves FP32's range, then times the scale in FP64.
-    wide_R = scale_R1.squeeze(-1).double()
-    sums.signal = _energy(scaled_RK, wide_R)
+    signal_R = torch.linalg.vector_norm(scaled_RK, dim=-1)
     error_RK = rounded_RK.sub_(scaled_RK)
-    sums.noise = _energy(error_RK, wide_R)
-    sums.largest_error = float((largest_of_rows(error_RK) * wide_R).max())
-    nonzero, sums.subnormal = count_nonzero(block_RK, scratch)
-    sums.zeroed = nonzero - int(np.count_nonzero(codes_RK.numpy()))
-    return Encoded((codes_RK, stored_R1), sums)
+    nonzero, subnormal = count_nonzero(block_RK, scratch)
+    sums = RowSums(
+        elements=block_RK.numel(),
+        subnormal=subnormal,
+        clipped=clipped,
+        zeroed=nonzero - int(np.count_nonzero(codes_RK.numpy())),
+        top_R=top_R,
+        scale_R=scale_R,
+        signal_R=signal_R,
+        noise_R=torch.linalg.vector_norm(error_RK, dim=-1),
+        error_R=largest_of_rows(error_RK),
+    )
+    return Encoded((codes_RK, stored_R), sums)
 
 
-def _energy(values_RK: Tensor, scale_R: Tensor) -> float:
-    """The sum of (value * scale)^2."""
-    return float((torch.linalg.vector_norm(values_RK, dim=-1).double() * scale_R).square_().sum())
+def _clip(rounded_RK: Tensor) -> int:
+    """Keep to the codes; how many elements were past them."""
+    clipped = int((rounded_RK.abs() > _LARGEST).sum())
+    rounded_RK.clamp_(-_LARGEST, _LARGEST)
+    return clipped
 
 
 def _encode_double(block_RK: Tensor, scratch: Scratch, scale_dtype: torch.dtype) -> Encoded:

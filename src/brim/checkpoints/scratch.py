@@ -15,11 +15,15 @@ class Scratch:
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
-        nbytes = prod(shape) * dtype.itemsize
-        held = self._held.get(name)
-        if held is None or held.numel() < nbytes:
-            held = self._held[name] = torch.empty(nbytes, dtype=torch.uint8)
-        return held[:nbytes].view(dtype).view(tuple(shape))
+        key = (name, tuple(shape), dtype)
+        if key not in self._views:
+            nbytes = prod(shape) * dtype.itemsize
+            if name not in self._held or self._held[name].numel() < nbytes:
+                self._held[name] = torch.empty(nbytes, dtype=torch.uint8)
+                self._views = {view: tensor for view, tensor in self._views.items() if view[0] != name}
+            self._views[key] = self._held[name][:nbytes].view(dtype).view(key[1])
+        return self._views[key]

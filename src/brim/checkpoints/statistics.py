@@ -4,7 +4,9 @@ Shapes: R rows, K elements of a row.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +60,44 @@ class Statistics:
     def to_list(self) -> list[float]:
         """For JSON, exactly; Inf as Python writes it."""
         return list(astuple(self))
+
+
+class RowSums(NamedTuple):
+    """Of some rows that have a scale each; not added up yet, since for few rows that takes as long as encoding them."""
+
+    elements: int
+    subnormal: int
+    clipped: int
+    zeroed: int
+    top_R: Tensor
+    """The largest of |source|."""
+    scale_R: Tensor
+    signal_R: Tensor
+    noise_R: Tensor
+    """Roots of the sums of squares of source and error, in steps of the code: no square leaves FP32's range."""
+    error_R: Tensor
+    """The largest of |error|, likewise."""
+
+
+def add_up(blocks: Sequence[RowSums]) -> Statistics:
+    """Of all these rows."""
+    top, scale, signal, noise, error = (
+        torch.cat(rows).double()
+        for rows in zip(*((b.top_R, b.scale_R, b.signal_R, b.noise_R, b.error_R) for b in blocks), strict=True)
+    )
+    return Statistics(
+        elements=sum(block.elements for block in blocks),
+        largest=float(top.max()),
+        zero_rows=int((top == 0).sum()),
+        subnormal=sum(block.subnormal for block in blocks),
+        signal=float((signal * scale).square().sum()),
+        noise=float((noise * scale).square().sum()),
+        largest_error=float((error * scale).max()),
+        clipped=sum(block.clipped for block in blocks),
+        zeroed=sum(block.zeroed for block in blocks),
+        scale_min=float(scale.min()),
+        scale_max=float(scale.max()),
+    )
 
 
 def look(source_RK: Tensor, scratch: Scratch) -> Statistics:
