@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Twice quiet: warnings about an index that lacks one package and has the next are noise; errors still show.
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench exactness accuracy pins clean
+.PHONY: demo test check kills bench exactness accuracy pins clean
 
 demo: $(READY)
 	$(VENV)/bin/brim demo
@@ -17,6 +17,10 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Conversions killed at 200 random moments and gone on with.
+kills: $(READY)
+	BRIM_KILLS=200 $(PY) -m pytest -s tests/cpu/checkpoints/test_kills.py
 
 bench: $(READY)
 	@for script in benchmarks/*_speed.py; do $(PY) $$script || exit 1; done
