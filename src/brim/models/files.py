@@ -6,8 +6,12 @@ from typing import Any
 
 from brim.errors import ModelFileError
 
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 32 * 2**20
 """Far above any real config or shard index (the largest known index is a few MiB)."""
+
+
+MAX_JSON_VALUES = 2**21
+"""Likewise (the index of a model of 92,000 tensors has as many): each takes some hundred bytes when it is read."""
 
 
 def refusal(where: object, offset: int, rule: str) -> ModelFileError:
@@ -44,6 +48,9 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
 
 def parse_json_object(text: bytes, *, where: object, start: int) -> dict[str, Any]:
     """The JSON object in these bytes, which begin at byte `start` of `where`. Raises ModelFileError."""
+    # Every value but the first of its list or object has a comma before it.
+    if (values := sum(text.count(sign) for sign in (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise refusal(where, start, f"it holds {values:,} values, more than the {MAX_JSON_VALUES:,} that are read")
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_constant)
     except UnicodeDecodeError as error:

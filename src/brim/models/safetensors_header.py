@@ -16,6 +16,8 @@ from brim.models.files import file_size, parse_json_object, refusal, unreadable
 from brim.models.spec import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_READ_BYTES = 2**25
+"""A bound of our own, for twice as many tensors as any model has in one file: what it limits is kept in memory."""
 LENGTH_BYTES = 8
 _MAX_BITS = 2**64
 
@@ -75,6 +77,8 @@ def header_length(prefix: bytes, *, total_bytes: int, where: object) -> int:
         raise refusal(where, 0, f"the header's length, {length:,}, is over the format's limit of {MAX_HEADER_BYTES:,}")
     if LENGTH_BYTES + length > total_bytes:
         raise refusal(where, 0, f"the header's length, {length:,}, reaches past the end of the file ({total_bytes:,})")
+    if length > MAX_READ_BYTES:
+        raise refusal(where, 0, f"the header's length, {length:,}, is over the {MAX_READ_BYTES:,} that Brim reads")
     return length
 
 
