@@ -19,12 +19,12 @@ from rich.console import Console
 
 from brim.errors import BrimError
 from brim.memory.bands import kind_of_run
-from brim.rehearsal import peak_on, rehearse_trace
+from brim.rehearsal import peak_on, rehearse_trace, written_trace
 from brim.report import Peak
 
 WORST = 10
 _PROCESSES = 2
-_Key = tuple[str, str]
+_Key = tuple[str, str, str]
 
 
 def main() -> None:
@@ -80,14 +80,18 @@ def predict_all(rows: Sequence[Row]) -> tuple[list[Outcome], Counter[str]]:
 
 
 def _key(case: Case) -> _Key:
-    return case.recipe.to_toml(), case.device.name
+    return case.recipe.to_toml(), case.device.name, str(case.writing)
 
 
 def _peak(case: Case) -> Peak | str:
     """The peaks, or why there are none."""
     warnings.simplefilter("ignore")  # of libraries; the numbers do not depend on them
     try:
-        return peak_on(case.device, rehearse_trace(case.spec, case.recipe, device=case.device))[0]
+        if case.writing is not None:
+            trace = written_trace(case.spec, case.recipe, case.writing, device=case.device).trace
+        else:
+            trace = rehearse_trace(case.spec, case.recipe, device=case.device)
+        return peak_on(case.device, trace)[0]
     except BrimError as error:
         return str(error)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -110,7 +114,7 @@ def _outcome(row: Row, case: Case, peak: Peak) -> Outcome:
         predicted_bytes=predicted,
         measured_bytes=measured,
         error=predicted / measured - 1,
-        kind_of_run=kind_of_run(case.recipe),
+        kind_of_run=kind_of_run(case.recipe, inference=case.writing is not None),
         card_bytes=case.device.memory_bytes,
         peers=peers.peers(case),
     )
@@ -161,13 +165,11 @@ def _peer_lines(outcomes: Sequence[Outcome], summaries: Mapping[str, Mapping[str
     lines = []
     for kind, parts in summaries.items():
         rows = [outcome for outcome in outcomes if outcome.row["memory_kind"] == kind]
-        tools = {
-            "Brim": parts["all"],
-            **{
-                tool: summarize([outcome.peers[tool] / outcome.measured_bytes - 1 for outcome in rows])
-                for tool in rows[0].peers
-            },
-        }
+        tools = {"Brim": parts["all"]}
+        for tool in dict.fromkeys(tool for outcome in rows for tool in outcome.peers):
+            # a rule of training says nothing of inference
+            told = [outcome for outcome in rows if tool in outcome.peers]
+            tools[tool] = summarize([outcome.peers[tool] / outcome.measured_bytes - 1 for outcome in told])
         lines += [
             f"| {tool} | {kind} | {part.rows} | {100 * part.median:.1f} % | {100 * part.p90:.1f} % | "
             f"{100 * part.bias:+.1f} % |"

@@ -15,7 +15,7 @@ from pathlib import Path
 from brim.errors import BrimError
 from brim.hardware import Device, find
 from brim.models import ModelSpec, catalogue, describe
-from brim.recipe import Recipe
+from brim.recipe import Recipe, Writing
 
 DATA = Path(__file__).parent / "data"
 Row = Mapping[str, str]
@@ -52,6 +52,8 @@ class Case:
     spec: ModelSpec
     recipe: Recipe
     device: Device
+    writing: Writing | None = None
+    """Of inference: what was read and written."""
 
 
 def read(path: Path) -> list[Row]:
@@ -61,17 +63,22 @@ def read(path: Path) -> list[Row]:
 
 
 def measured_bytes(row: Row) -> int:
-    # a few programs print GiB and call them GB; the row's notes say so
+    # a few programs print GiB and call them GB; the row's notes say so. Qwen's script divides by 1024
+    # (speed_benchmark_transformers.py), its document says MB
     unit = "GiB" if "GiB printed as GB" in row["notes"] else row["unit"]
+    unit = "MiB" if "likely MiB" in row["notes"] else unit
     return round(float(row["peak_memory_value"]) * _UNITS[unit])
 
 
 def case_of(row: Row) -> Case:
     """Raises Missing."""
+    writing = _writing(row)
     columns: tuple[Callable[[Row], list[str]], ...] = (
         _task, _parallel, _quantization, _method, _precision, _optimizer, _checkpointing, _attention, _loss, _compile,
         _batch,
     )  # fmt: skip
+    if writing is not None:
+        columns = (_parallel, _quantization, _precision, _attention, _compile)
     try:
         settings = [setting for column in columns for setting in column(row)]
     except ValueError as error:
@@ -84,7 +91,7 @@ def case_of(row: Row) -> Case:
         recipe = Recipe(model=row["model"]).with_settings(settings)
     except BrimError as error:
         raise Missing(str(error)) from None
-    return Case(spec=spec, recipe=recipe, device=device_of(row["gpu"]))
+    return Case(spec=spec, recipe=recipe, device=device_of(row["gpu"]), writing=writing)
 
 
 @cache
@@ -112,9 +119,20 @@ def device_of(gpu: str) -> Device:
         raise Missing(str(error)) from None
 
 
+def _writing(row: Row) -> Writing | None:
+    """`6144 in + 2048 out`; a plain forward makes the logits of all tokens and writes none."""
+    if row["task"] != "inference":
+        return None
+    rows = int(row["micro_batch_size"])
+    if row["method"].startswith("prefill forward"):
+        return Writing(batch_size=rows, context=int(row["seq_len"]), new_tokens=1, logits="all")
+    asked = re.fullmatch(r"(\d+) in \+ (\d+) out", row["seq_len"])
+    if asked is None:
+        raise Missing(f"inference: {row['method']}, {row['seq_len']}")
+    return Writing(batch_size=rows, context=int(asked[1]), new_tokens=int(asked[2]))
+
+
 def _task(row: Row) -> list[str]:
-    if row["task"] == "inference" or "prefill" in row["method"]:
-        raise Missing("inference")
     if "sequence classification" in row["method"]:
         raise Missing("task: sequence classification")
     return []

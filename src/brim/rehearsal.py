@@ -6,7 +6,10 @@ Two steps are run: the optimizer's state appears in the first, the steady peak i
 from contextlib import ExitStack
 from dataclasses import replace
 
+from transformers import PreTrainedModel
+
 from brim.hardware import Device
+from brim.inference.rehearsed import KV_CACHE, Written, check_room, rehearse_writing
 from brim.memory import owners
 from brim.memory.allocator import replay
 from brim.memory.bands import DEFAULT_RISK, gpu_band
@@ -15,13 +18,14 @@ from brim.memory.cuda import cuda_kernels
 from brim.memory.fake import FakeWorld
 from brim.memory.trace import Trace
 from brim.models import ModelSpec
-from brim.recipe import Recipe
-from brim.report import Ledger, Peak, Prediction
-from brim.speed import step_time
+from brim.recipe import Recipe, Writing
+from brim.report import Inference, Ledger, Peak, Prediction
+from brim.speed import step_time, writing_time
 from brim.speed.bands import OPERATORS, roofline_basis, time_range
 from brim.speed.operators import OperatorMeter
+from brim.training.adapters import add_lora
 from brim.training.batches import synthetic_batch
-from brim.training.build import build
+from brim.training.build import base_model, build
 from brim.training.step import train_step
 
 ERROR_BAND = (-0.001, 0.001)
@@ -62,13 +66,19 @@ def rehearse(
 
 
 def peak_on(device: Device, trace: Trace) -> tuple[Peak, Ledger]:
-    """A trace's peaks on a device, and the ledger of the highest: allocated on a CPU, device on a GPU.
+    """A trace's peaks on a device, and the ledger of the highest."""
+    peak, ledger, _ = _peak_on(device, trace)
+    return peak, ledger
+
+
+def _peak_on(device: Device, trace: Trace) -> tuple[Peak, Ledger, int]:
+    """A trace's peaks on a device, the ledger of the highest (allocated on a CPU, device on a GPU), and when that was.
 
     On a GPU the lines are those of the moment of the allocated peak; what the allocator reserved beyond the bytes
     that were then in use (at any time: it keeps what it has) is `fragmentation`.
     """
     if device.kind == "cpu":
-        return Peak(allocated_bytes=trace.peak_bytes), trace.peak_ledger()
+        return Peak(allocated_bytes=trace.peak_bytes), trace.peak_ledger(), trace.peak_index
     context = context_bytes(device)
     held = replay(trace, limit_bytes=device.memory_bytes - context)
     ledger = trace.ledger_at(held.peak_index)
@@ -77,7 +87,8 @@ def peak_on(device: Device, trace: Trace) -> tuple[Peak, Ledger]:
         reserved_bytes=held.reserved_bytes,
         device_bytes=held.reserved_bytes + context,
     )
-    return peak, replace(ledger, context=context, fragmentation=held.reserved_bytes - ledger.total)
+    whole = replace(ledger, context=context, fragmentation=held.reserved_bytes - ledger.total)
+    return peak, whole, held.peak_index
 
 
 def rehearse_trace(
@@ -104,3 +115,62 @@ def rehearse_trace(
                 operators.start()
             train_step(workload, batches, learning_rate=recipe.optimizer.learning_rate)
         return world.meter.trace
+
+
+def rehearse_inference(
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    new_tokens: int,
+    device: Device,
+    budget_bytes: int,
+    risk: float = DEFAULT_RISK,
+) -> Prediction:
+    """The ledger of writing `new_tokens` after `micro_batch_size` rows of `seq_len` tokens each.
+
+    Of the recipe, the weights' format, the attention and adapters count besides.
+    """
+    writing = Writing(batch_size=recipe.micro_batch_size, context=recipe.seq_len, new_tokens=new_tokens)
+    check_room(spec, writing)
+    written = written_trace(spec, recipe, writing, device=device)
+    peak, ledger, index = _peak_on(device, written.trace)
+    seconds = writing_time(
+        spec,
+        recipe,
+        new_tokens=new_tokens,
+        weight_bytes=ledger.weights,
+        cache_bytes=written.kv_cache_bytes,
+        device=device,
+    )
+    return Prediction(
+        model=spec.name,
+        recipe=recipe.to_dict(),
+        device_name=device.name,
+        budget_bytes=budget_bytes,
+        peak=peak,
+        ledger=ledger,
+        step_time_s=seconds,
+        tokens_per_s=writing.batch_size * new_tokens / seconds,
+        method="rehearsal",
+        error_band=ERROR_BAND if device.kind == "cpu" else gpu_band(recipe, risk=risk, inference=True),
+        inference=Inference(
+            batch_size=writing.batch_size,
+            context=writing.context,
+            new_tokens=new_tokens,
+            kv_cache_bytes=written.kv_cache_bytes,
+            kv_cache_at_peak_bytes=written.trace.bytes_at(index, KV_CACHE),
+        ),
+    )
+
+
+def written_trace(spec: ModelSpec, recipe: Recipe, writing: Writing, *, device: Device) -> Written:
+    """What writing allocates with this recipe's weights and attention."""
+    return rehearse_writing(lambda: writer(spec, recipe), spec, writing, device=device)
+
+
+def writer(spec: ModelSpec, recipe: Recipe) -> PreTrainedModel:
+    """The model that writes, with the recipe's adapters where it has them; inside a fake mode, a fake one."""
+    model = base_model(recipe, spec)
+    if recipe.adapts:
+        add_lora(model, recipe)
+    return model.eval()

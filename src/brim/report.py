@@ -18,7 +18,8 @@ class Ledger:
     optimizer: int = 0
     """States and master copies that live from step to step."""
     activations: int = 0
-    """What forward keeps for backward, and the gradients that flow through it."""
+    """What forward keeps for backward, and the gradients that flow through it. In inference the cache of keys and
+    values, and what a forward takes."""
     loss: int = 0
     """Logits, their upcast copies and their gradient."""
     gathered: int = 0
@@ -63,6 +64,24 @@ class Peak:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Inference:
+    """What a model that writes was asked for, and what its cache takes."""
+
+    batch_size: int
+    context: int
+    """Tokens of a row that are read first."""
+    new_tokens: int
+    """Tokens written after each row."""
+    kv_cache_bytes: int
+    """Of the whole cache at its largest, when the last token is written."""
+    kv_cache_at_peak_bytes: int
+    """Of the ledger's activations; growing, a layer holds its old and its new keys or values at once."""
+
+    def to_dict(self) -> dict[str, int]:
+        return {line.name: getattr(self, line.name) for line in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What one recipe will take on one device, and how that was found out."""
 
@@ -75,8 +94,9 @@ class Prediction:
     peak: Peak
     ledger: Ledger
     step_time_s: float
-    """Wall time of one optimizer step (all accumulated micro-batches)."""
+    """Wall time of one optimizer step (all accumulated micro-batches); of inference: of reading and writing all."""
     tokens_per_s: float
+    """Trained on; of inference: written."""
     method: Literal["rehearsal", "closed-form"]
     error_band: tuple[float, float]
     """Relative error of the peak, low and high: (-0.001, 0.001) says within 0.1 %."""
@@ -87,6 +107,8 @@ class Prediction:
     """What the time was told from; `speed.bands` files its errors under it."""
     reasons: tuple[str, ...] = ()
     """Why it does not fit, and warnings about the recipe."""
+    inference: Inference | None = None
+    """None: the recipe is trained."""
 
     @property
     def fits(self) -> bool:
@@ -94,10 +116,12 @@ class Prediction:
         return self.peak.highest_bytes * (1 + self.error_band[1]) <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:
+        asked = {} if self.inference is None else {"inference": self.inference.to_dict()}
         return {
             "schema": SCHEMA,
             "model": self.model,
             "recipe": dict(self.recipe),
+            **asked,
             "device": {"name": self.device_name, "memory_bytes": self.budget_bytes},
             "peak": self.peak.to_dict(),
             "ledger": self.ledger.to_dict(),

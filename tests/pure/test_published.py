@@ -24,12 +24,17 @@ def test_no_row_is_dropped_in_silence() -> None:
     expressed = 0
     for row in ROWS:
         try:
-            recipe = case_of(row).recipe
+            case = case_of(row)
         except Missing as lack:
             assert str(lack)
             missing[str(lack)] += 1
             continue
         expressed += 1
+        recipe = case.recipe
+        if case.writing is not None:
+            assert str(case.writing.context) == row["seq_len"].split(" in")[0]
+            assert case.writing.batch_size == int(row["micro_batch_size"])
+            continue
         assert recipe.micro_batch_size == int(row["micro_batch_size"])
         assert recipe.seq_len == int(row["seq_len"])
         assert recipe.method == row["method"]
@@ -44,6 +49,7 @@ def test_no_row_is_dropped_in_silence() -> None:
         ("1", "GB", "", 10**9),
         ("1", "GB", "reserved, GiB printed as GB", GIB),
         ("1.5", "GiB", "", 3 * GIB // 2),
+        ("2", "MB", "(value in MB, likely MiB)", 2**21),
     ],
 )
 def test_units_are_read_as_they_were_meant(value: str, unit: str, notes: str, nbytes: int) -> None:

@@ -19,8 +19,10 @@ GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GP
 Risk = Annotated[float, typer.Option(help="On a GPU: the share of published runs that may pass the upper bound.")]
 Memory = Annotated[str | None, typer.Option(help="Use at most this much, as 24GiB.")]
 Method = Annotated[str | None, typer.Option(help="full, lora, qlora or qat.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens of a row.")]
-MicroBatchSize = Annotated[int | None, typer.Option(help="Rows that go through the model at once.")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", "--context", help="Tokens of a row.")]
+MicroBatchSize = Annotated[
+    int | None, typer.Option("--micro-batch-size", "--batch", help="Rows that go through the model at once.")
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, as precision.weights=fp32.")
 ]
@@ -55,9 +57,13 @@ def recipe_of(
     seq_len: int | None,
     micro_batch_size: int | None,
     settings: list[str] | None,
+    new_tokens: int = 0,
 ) -> tuple[Recipe, ModelSpec]:
-    """The recipe that the options mean, and the description of its model."""
-    recipe = _start(source)
+    """The recipe that the options mean, and the description of its model.
+
+    `new_tokens`: positions that the default length of a row leaves free.
+    """
+    recipe = _start(source, new_tokens)
     named = {"method": method, "seq_len": seq_len, "micro_batch_size": micro_batch_size}
     named_settings = [f"{key}={value}" for key, value in named.items() if value is not None]
     if method == "qlora" and not recipe.precision.packed:
@@ -66,13 +72,13 @@ def recipe_of(
     return recipe, describe(recipe.model)
 
 
-def _start(source: str) -> Recipe:
+def _start(source: str, new_tokens: int) -> Recipe:
     if source.endswith(".toml"):
         return Recipe.from_toml(Path(source))
     spec = describe(source)
     positions = int(spec.config.get("max_position_embeddings") or spec.config.get("n_positions") or 1024)
     try:
-        recipe = Recipe(model=source, task=spec.task, seq_len=min(1024, positions))
+        recipe = Recipe(model=source, task=spec.task, seq_len=max(2, min(1024, positions - new_tokens)))
         return recipe.with_settings([f"memory.attention={spec.attention}", f"num_labels={spec.num_labels}"])
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from None

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from brim import units
 from brim.cli import console, options, picture
+from brim.errors import UsageError
 from brim.hardware import Device
 from brim.memory.bands import DEFAULT_RISK
 from brim.models import ModelSpec
@@ -25,19 +26,33 @@ def command(
     seq_len: options.SeqLen = None,
     micro_batch_size: options.MicroBatchSize = None,
     settings: options.Settings = None,
+    inference: Annotated[
+        bool, typer.Option("--inference", help="Of reading --batch rows of --context tokens and writing on.")
+    ] = False,
+    new_tokens: Annotated[int, typer.Option(min=1, help="With --inference: tokens written after each row.")] = 128,
     quick: Annotated[bool, typer.Option("--quick", help="Closed form instead of a rehearsal: no torch.")] = False,
     plot: picture.Plot = None,
     json: options.Json = False,
 ) -> int:
     """Peak memory of one recipe, by owner."""
     picture.check(plot)
+    if inference and quick:
+        raise UsageError("--quick has no closed form of inference; leave it away")
     recipe, spec = options.recipe_of(
-        source, method=method, seq_len=seq_len, micro_batch_size=micro_batch_size, settings=settings
+        source,
+        method=method,
+        seq_len=seq_len,
+        micro_batch_size=micro_batch_size,
+        settings=settings,
+        new_tokens=new_tokens if inference else 0,
     )
     cap = None if memory is None else units.parse_bytes(memory)
     found = options.device_of(device, gpu, cap, quick=quick)
     budget = options.budget_of(found, cap)
-    prediction = _estimated(spec, recipe, found, budget) if quick else _rehearsed(spec, recipe, found, budget, risk)
+    if quick:
+        prediction = _estimated(spec, recipe, found, budget)
+    else:
+        prediction = _rehearsed(spec, recipe, found, budget, risk, new_tokens=new_tokens if inference else None)
     picture.draw(
         plot,
         title=f"{prediction.model} on {prediction.device_name}",
@@ -57,9 +72,16 @@ def _estimated(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: in
     return estimate(spec, recipe, device=device, budget_bytes=budget_bytes)
 
 
-def _rehearsed(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: int, risk: float) -> Prediction:
-    from brim.rehearsal import rehearse
+def _rehearsed(
+    spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: int, risk: float, *, new_tokens: int | None
+) -> Prediction:
+    """Of a training step, or of writing `new_tokens` where they are given."""
+    from brim.rehearsal import rehearse, rehearse_inference
 
+    if new_tokens is not None:
+        return rehearse_inference(
+            spec, recipe, new_tokens=new_tokens, device=device, budget_bytes=budget_bytes, risk=risk
+        )
     return rehearse(spec, recipe, device=device, budget_bytes=budget_bytes, risk=risk)
 
 
@@ -73,11 +95,20 @@ def show(prediction: Prediction) -> None:
     for line, nbytes in sorted(prediction.ledger.to_dict().items(), key=lambda item: -item[1]):
         if nbytes:
             table.add_row(line, units.format_bytes(nbytes), f"{100 * nbytes / total:.1f} %")
+        if line == "activations" and prediction.inference is not None:
+            cached = prediction.inference.kv_cache_at_peak_bytes
+            table.add_row("  of it kv_cache", units.format_bytes(cached), f"{100 * cached / total:.1f} %")
     table.add_section()
     for name, peak in prediction.peak.to_dict().items():
         if peak is not None:
             table.add_row(f"peak {name.removesuffix('_bytes')}", units.format_bytes(peak), f"{peak:,} B")
     console.out.print(table)
+    asked = prediction.inference
+    if asked is not None:
+        console.out.print(
+            f"{asked.batch_size} x {asked.context} tokens read, {asked.new_tokens} written after each; "
+            f"the cache is {units.format_bytes(asked.kv_cache_bytes)} at the last"
+        )
     if prediction.peak.device_bytes is not None:
         low, high = (prediction.peak.highest_bytes * (1 + end) for end in prediction.error_band)
         console.out.print(
@@ -86,8 +117,10 @@ def show(prediction: Prediction) -> None:
     fits = "fits" if prediction.fits else "does not fit"
     console.out.print(
         f"{fits} in {units.format_bytes(prediction.budget_bytes)}; "
-        f"about {units.format_duration(prediction.step_time_s)} a step{_time_range(prediction)}, "
-        f"{units.format_count(prediction.tokens_per_s)} tokens/s ({prediction.method})"
+        f"about {units.format_duration(prediction.step_time_s)} {'a step' if asked is None else 'in all'}"
+        f"{_time_range(prediction)}, "
+        f"{units.format_count(prediction.tokens_per_s)} tokens/s{'' if asked is None else ' written'} "
+        f"({prediction.method})"
     )
     if prediction.step_time_basis == CPU_ROOFLINE:
         console.note("the step's time is rough: brim doctor --calibrate measures what this machine achieves")

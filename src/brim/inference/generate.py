@@ -1,11 +1,10 @@
 """Text from a model, piece by piece, with how fast it came."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -58,7 +57,6 @@ class Generation:
         }
 
 
-@torch.inference_mode()
 def generate(
     loaded: Loaded, prompt: str, *, max_tokens: int = 128, chat: bool = True, listen: Listen = listen_to_nothing
 ) -> Generation:
@@ -75,15 +73,10 @@ def generate(
     pieces = _Pieces(loaded.tokenizer, listen)
     eos = loaded.tokenizer.eos_token_id
     pad = loaded.tokenizer.pad_token_id
-    loaded.model.generate(
-        **inputs,
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=eos if pad is None else pad,
-        streamer=pieces,
+    write(
+        loaded.model,
+        {**inputs, "pad_token_id": eos if pad is None else pad, "streamer": pieces},
+        max_tokens=max_tokens,
     )
     return Generation(
         text=pieces.text,
@@ -93,6 +86,15 @@ def generate(
         decode_s=pieces.times[-1] - pieces.times[0],
         resident_bytes=resident_bytes(loaded.model),
     )
+
+
+def write(model: Any, settings: Mapping[str, Any], *, max_tokens: int) -> Any:
+    """Tokens after a prompt, the likeliest each time, by transformers' own loop and cache; real runs and rehearsals.
+
+    `settings`: the prompt's tensors, and what else transformers' `generate` is to know.
+    """
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return model.generate(**settings, **greedy, max_new_tokens=max_tokens)
 
 
 def _inputs(loaded: Loaded, prompt: str, *, chat: bool) -> Any:

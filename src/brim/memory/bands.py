@@ -14,7 +14,7 @@ from brim.recipe import Recipe
 DEFAULT_RISK = 0.02
 
 
-def gpu_band(recipe: Recipe, *, risk: float = DEFAULT_RISK) -> tuple[float, float]:
+def gpu_band(recipe: Recipe, *, risk: float = DEFAULT_RISK, inference: bool = False) -> tuple[float, float]:
     """Relative (low, high): at most this share of published rows of the kind lie above their upper bound.
 
     And as many below the lower. The band always holds 0: few rows say little. Raises UsageError for a risk out of
@@ -22,13 +22,15 @@ def gpu_band(recipe: Recipe, *, risk: float = DEFAULT_RISK) -> tuple[float, floa
     """
     if not 0 <= risk < 0.5:
         raise UsageError(f"--risk {risk} is not a share from 0 to 0.5; write for example 0.02")
-    errors = _errors()[kind_of_run(recipe)]
+    errors = _errors()[kind_of_run(recipe, inference=inference)]
     outside = int(risk * len(errors))
     return min(0.0, errors[outside]), max(0.0, errors[-1 - outside])
 
 
-def kind_of_run(recipe: Recipe) -> str:
+def kind_of_run(recipe: Recipe, *, inference: bool = False) -> str:
     """`full, transformers`: what the errors are sorted by."""
+    if inference:
+        return "inference, transformers"
     code = "litgpt" if recipe.library.loss == "litgpt" else "transformers"
     return f"{'full' if recipe.trains_weights else 'lora'}, {code}"
 

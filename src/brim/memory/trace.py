@@ -12,6 +12,7 @@ class Block:
 
     nbytes: int
     line: str
+    """A ledger line, or a part of one: `activations/kv_cache`."""
 
 
 class Trace:
@@ -25,7 +26,7 @@ class Trace:
 
     def allocate(self, nbytes: int, line: str) -> Block:
         """A new live block on this ledger line."""
-        assert line in LEDGER_LINES, line
+        assert line_of(line) in LEDGER_LINES, line
         block = Block(nbytes, line)
         self._events.append((True, block))
         self.live_bytes += nbytes
@@ -44,6 +45,11 @@ class Trace:
         """(allocated, block) in order; False is the block's end."""
         return self._events
 
+    @property
+    def peak_index(self) -> int:
+        """Events up to the worst moment."""
+        return self._peak_index
+
     def peak_ledger(self) -> Ledger:
         """Bytes by owner at the worst moment; each block counts for its last claimed owner."""
         return self.ledger_at(self._peak_index)
@@ -52,8 +58,13 @@ class Trace:
         """Bytes by owner after the first `index` events."""
         lines = dict.fromkeys(LEDGER_LINES, 0)
         for allocated, block in self._events[:index]:
-            lines[block.line] += block.nbytes if allocated else -block.nbytes
+            lines[line_of(block.line)] += block.nbytes if allocated else -block.nbytes
         return Ledger(**lines)
+
+    def bytes_at(self, index: int, part: str) -> int:
+        """Bytes of one part of a line after the first `index` events."""
+        events = self._events[:index]
+        return sum(block.nbytes if allocated else -block.nbytes for allocated, block in events if block.line == part)
 
     def forget_past(self) -> None:
         """Start over with what is alive now, so that a long run's trace stays short."""
@@ -67,3 +78,8 @@ class Trace:
         self._peak_index = len(self._events)
         self.peak_bytes = self.live_bytes
         assert sum(block.nbytes for block in alive.values()) == self.live_bytes
+
+
+def line_of(owner: str) -> str:
+    """The ledger line of a block's owner: `activations` for `activations/kv_cache`."""
+    return owner.partition("/")[0]

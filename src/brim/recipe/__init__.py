@@ -2,6 +2,7 @@
 
 from brim.recipe.recipe import Recipe
 from brim.recipe.sections import Library, Lora, Memory, Method, Optimizer, Parallel, Precision, Qat, Task, Training
+from brim.recipe.writing import Writing
 
 __all__ = [
     "Library",
@@ -15,4 +16,5 @@ __all__ = [
     "Recipe",
     "Task",
     "Training",
+    "Writing",
 ]

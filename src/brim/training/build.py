@@ -25,6 +25,8 @@ from brim.training.optimizer import Stepper
 from brim.training.packed_base import PackedBase, cast_norms
 from brim.training.packing import check_takes_positions
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -69,7 +71,7 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     """
     check_recipe_fits_model(recipe, spec)
     owners.switch("weights")
-    base = _model(recipe, spec, weights, torch.device(device))
+    base = base_model(recipe, spec, weights=weights, device=torch.device(device))
     base.config.use_cache = False
     if recipe.task == "sequence-classification" and base.config.pad_token_id is None:
         base.config.pad_token_id = 0  # some look for it, to find each row's last token; data brings its own
@@ -147,7 +149,10 @@ def _transformers_name(attention: str) -> str:
     return "sdpa" if attention == "flash" else attention
 
 
-def _model(recipe: Recipe, spec: ModelSpec, weights: Path | None, device: torch.device) -> PreTrainedModel:
+def base_model(
+    recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, device: torch.device = _CPU
+) -> PreTrainedModel:
+    """The model in the recipe's stored format, as transformers makes it: trained or asked to write."""
     dtype, attention, task = recipe.plain_format, _transformers_name(recipe.memory.attention), recipe.task
     swap = PackedBase(recipe) if recipe.precision.packed else None
     num_labels = recipe.num_labels if task == "sequence-classification" else None
