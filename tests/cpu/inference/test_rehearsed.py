@@ -57,6 +57,10 @@ def rehearsed(spec: ModelSpec, writing: Writing, *, dtype: str = "fp32", every_t
     return rehearse_writing(lambda: writer(spec, recipe), spec, writing, every_token=every_token)
 
 
+def weights_line(spec: ModelSpec, recipe: Recipe, writing: Writing) -> int:
+    return rehearse_writing(lambda: writer(spec, recipe), spec, writing).trace.peak_ledger().weights
+
+
 def measured_peak(spec: ModelSpec, writing: Writing, *, dtype: str = "fp32") -> int:
     """Of really writing, by the allocator's own events."""
     with CpuMeter() as meter:
@@ -126,10 +130,7 @@ def test_adapters_are_counted() -> None:
     spec, writing = small("llama"), REQUESTS["from one token"]
     recipe = recipe_of(spec, writing)
     adapted = recipe.with_settings(["method=lora", 'lora.targets=["q_proj"]', "lora.rank=4"])
-    bare, more = (
-        rehearse_writing(lambda chosen=chosen: writer(spec, chosen), spec, writing).trace.peak_ledger().weights
-        for chosen in (recipe, adapted)
-    )
+    bare, more = (weights_line(spec, chosen, writing) for chosen in (recipe, adapted))
     assert more - bare == 3 * 4 * (128 + 128) * 4
 
 
