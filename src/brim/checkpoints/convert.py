@@ -20,7 +20,7 @@ from brim.checkpoints.job import Job, Target, as_json, plan_job
 from brim.checkpoints.journal import NAME as JOURNAL
 from brim.checkpoints.journal import Done, Journal, has_chunks, identity_in
 from brim.checkpoints.statistics import Statistics
-from brim.checkpoints.stream import CHUNK_BLOCKS, Chunk, Places, chunks_of, convert, count_workers, verify
+from brim.checkpoints.stream import CHUNK_BLOCKS, Chunk, Places, chunks_of, convert, count_workers, look_through, verify
 from brim.checkpoints.writer import create
 from brim.errors import DoesNotFitError, ModelFileError, Stopped, UsageError
 from brim.models import describe
@@ -60,14 +60,36 @@ def quantize(
     with _full_disk(output), alone(place):
         go_on = _check_workplace(partial, job, output=output, resume=resume)
         with _removed_unless_resumable(partial):
-            sums = _write(partial, job, go_on=go_on, workers=workers, progress=progress).sums
-            tensors = tuple(tensor_report(c.source.spec, c.tensors, sums[c.source.spec.name]) for c in job.conversions)
-            report = QuantizationReport(model=source.resolve().name, to=to, layout=job.layout, tensors=tensors)
+            collected = _write(partial, job, go_on=go_on, workers=workers, progress=progress)
+            report = _report(source, job, collected, to)
             copy_companions(companions(source), partial)
             (partial / REPORT_NAME).write_text(as_json(report.to_dict()), encoding="utf-8")
             (partial / JOURNAL).unlink()
             appear(partial, place)
     return report
+
+
+def audit(
+    source: Path, *, to: Target, memory_bytes: int = MEMORY_BYTES, progress: Progress = no_progress
+) -> QuantizationReport:
+    """The report that `quantize` would give, without writing anything.
+
+    `progress` counts bytes read from the source. Raises what `quantize` does on account of the source.
+    """
+    job = plan_job(source, describe(str(source.resolve())), to)
+    workers = count_workers(job.conversions, memory_bytes=memory_bytes)
+    chunks = tuple(chunk for conversion in job.conversions for chunk in chunks_of(conversion))
+    collected = _Collected(job, progress, read_back=False)
+    look_through(chunks, workers=workers, collect=collected.add)
+    return _report(source, job, collected, to)
+
+
+def _report(source: Path, job: Job, collected: "_Collected", to: Target) -> QuantizationReport:
+    tensors = tuple(
+        tensor_report(conversion.source.spec, conversion.tensors, collected.sums[conversion.source.spec.name])
+        for conversion in job.conversions
+    )
+    return QuantizationReport(model=source.resolve().name, to=to, layout=job.layout, tensors=tensors)
 
 
 @contextmanager
@@ -174,12 +196,14 @@ def _write(directory: Path, job: Job, *, go_on: bool, workers: int, progress: Pr
 class _Collected:
     """What has been done, and how much of all there is to do."""
 
-    def __init__(self, job: Job, progress: Progress) -> None:
+    def __init__(self, job: Job, progress: Progress, *, read_back: bool = True) -> None:
         self.done: list[tuple[Chunk, Done]] = []
         self.sums = {conversion.source.spec.name: Statistics() for conversion in job.conversions}
         self._progress, self._bytes = progress, 0
         self._total = sum(
-            spec.nbytes for conversion in job.conversions for spec in (conversion.source.spec, *conversion.outputs)
+            spec.nbytes
+            for conversion in job.conversions
+            for spec in (conversion.source.spec, *(conversion.outputs if read_back else ()))
         )
 
     def add(self, chunk: Chunk, done: Done) -> None:

@@ -104,6 +104,14 @@ def convert(
             keeper.add(done, (places[spec.name][0] for spec in chunk.conversion.outputs))
 
 
+def look_through(chunks: Sequence[Chunk], *, workers: int, collect: Callable[[Chunk, Done], None]) -> None:
+    """What converting the chunks would come to; nothing is written."""
+    results = share_out(chunks, lambda chunk, scratch: _convert(chunk, None, scratch), workers=workers)
+    with _one_thread(), closing(results):
+        for chunk, done in zip(chunks, results, strict=True):
+            collect(chunk, done)
+
+
 def verify(done: Sequence[tuple[Chunk, Done]], places: Places, *, workers: int, count: Callable[[int], None]) -> None:
     """Raises ModelFileError unless the files hold, at these places, what was encoded.
 
@@ -124,10 +132,12 @@ def verify(done: Sequence[tuple[Chunk, Done]], places: Places, *, workers: int, 
             count(sum(nbytes for _, nbytes in chunk.spans()))
 
 
-def _convert(chunk: Chunk, places: Places, scratch: Scratch) -> Done:
+def _convert(chunk: Chunk, places: Places | None, scratch: Scratch) -> Done:
+    """Without places nothing is written."""
     conversion, spans = chunk.conversion, chunk.spans()
     source, dtype = conversion.source, element_type(conversion.source.spec)
-    paths, begins = zip(*(places[spec.name] for spec in conversion.outputs), strict=True)
+    paths = [places[spec.name][0] for spec in conversion.outputs] if places else []
+    begins = [places[spec.name][1] if places else 0 for spec in conversion.outputs]
     offsets = [begin + first for begin, (first, _) in zip(begins, spans, strict=True)]
     crc32, sums, rows_sums = [0] * len(offsets), Statistics(), list[RowSums]()
     with ExitStack() as files:
@@ -143,8 +153,9 @@ def _convert(chunk: Chunk, places: Places, scratch: Scratch) -> Done:
                 _check_finite(block, source, first)
             for number, part in enumerate(encoded.parts):
                 view = bytes_of(part)
-                write_at(writing[number], view, offsets[number])
-                crc32[number] = zlib.crc32(view, crc32[number])
+                if writing:
+                    write_at(writing[number], view, offsets[number])
+                    crc32[number] = zlib.crc32(view, crc32[number])
                 offsets[number] += len(view)
             if isinstance(encoded.statistics, RowSums):
                 rows_sums.append(encoded.statistics)

@@ -30,10 +30,13 @@ def command(
         str, typer.Option(metavar="SIZE", help="Beside what the interpreter takes, whatever the model's size.")
     ] = "512MiB",
     resume: Annotated[bool, typer.Option(help="Go on with a killed or interrupted run.")] = False,
+    audit_only: Annotated[
+        bool, typer.Option("--audit", help="Only say what it would cost, tensor by tensor; write nothing.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """A smaller checkpoint: FP16, BF16, or INT8 linear weights."""
-    from brim.checkpoints.convert import check_output, quantize
+    from brim.checkpoints.convert import audit, check_output, quantize
     from brim.checkpoints.job import Target
     from brim.models import describe
     from brim.models.weights import local_directory
@@ -42,20 +45,31 @@ def command(
     target = next((name for name in known if name == to.lower()), None)
     if target is None:
         raise UsageError(f"cannot quantize to {to!r}; formats: {', '.join(known)}")
+    if audit_only and (output or resume):
+        raise UsageError("--audit writes nothing; leave --output and --resume out, or leave --audit out")
     spec = describe(model)
     place = output or Path(f"{_short_name(model)}-{target}")
     memory_bytes = units.parse_bytes(memory)
-    check_output(place, source=spec.path)  # before anything is downloaded
+    if not audit_only:
+        check_output(place, source=spec.path)  # before anything is downloaded
     with console.progress(f"preparing {model}") as listen:
         source = local_directory(spec, progress=listen)
     started = time.perf_counter()
-    with console.progress(f"quantizing to {target}", in_bytes=True) as listen:
-        report = quantize(source, place, to=target, memory_bytes=memory_bytes, resume=resume, progress=listen)
+    with console.progress(f"{'auditing for' if audit_only else 'quantizing to'} {target}", in_bytes=True) as listen:
+        if audit_only:
+            report = audit(source, to=target, memory_bytes=memory_bytes, progress=listen)
+        else:
+            report = quantize(source, place, to=target, memory_bytes=memory_bytes, resume=resume, progress=listen)
     seconds = time.perf_counter() - started
     if json:
-        console.print_json(_to_dict(report, model, place, seconds))
+        console.print_json(_to_dict(report, model, None if audit_only else place, seconds))
         return
-    _print(report, place, seconds)
+    _print(report)
+    if audit_only:
+        console.note(f"nothing was written; without --audit the model goes to {place}")
+        return
+    duration = units.format_duration(seconds)
+    console.out.print(f"\nwritten to {place} in {duration}; every tensor: quantization_report.json", markup=False)
     console.note(f"compare: brim evaluate {place} --baseline {model}")
 
 
@@ -64,18 +78,16 @@ def _short_name(model: str) -> str:
     return Path(model.partition("@")[0]).expanduser().resolve().name.removesuffix(".gguf").lower()
 
 
-def _to_dict(report: "QuantizationReport", model: str, output: Path, seconds: float) -> dict[str, Any]:
-    where = {"model": model, "output": str(output), "seconds": seconds}
+def _to_dict(report: "QuantizationReport", model: str, output: Path | None, seconds: float) -> dict[str, Any]:
+    where = {"model": model, "output": output and str(output), "seconds": seconds}
     return {**report.to_dict(), **where, "schema": SCHEMA}
 
 
-def _print(report: "QuantizationReport", output: Path, seconds: float) -> None:
+def _print(report: "QuantizationReport") -> None:
     console.out.print(_sizes(report))
     if worst := _worst(report):
         console.out.print(f"\nThe {worst.row_count} tensors that lost most:")
         console.out.print(worst)
-    duration = units.format_duration(seconds)
-    console.out.print(f"\nwritten to {output} in {duration}; every tensor: quantization_report.json", markup=False)
 
 
 def _sizes(report: "QuantizationReport") -> Table:

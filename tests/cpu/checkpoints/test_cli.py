@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from brim.checkpoints.convert import audit
 from brim.cli import main
 from brim.cli import quantize as verb
 from brim.models import weights
@@ -142,3 +145,42 @@ def test_on_a_terminal_a_bar(tiny: Maker, tmp_path: Path) -> None:
     assert " %\r\n" not in shown
     assert "transformers" not in shown
     assert "written to" in done.stdout
+
+
+def test_an_audit_writes_nothing(tiny: Maker, tmp_path: Path, capsys: Captured) -> None:
+    """`--audit` reports, tensor by tensor, what the conversion then reports; until then there is no file anywhere."""
+    source = tiny("untied")
+    capsys.readouterr()
+    assert main(["quantize", str(source), "--to", "int8", "--audit", "--json"]) == 0
+    audited = json.loads(capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["untied"]
+    assert main(["quantize", str(source), "--to", "int8", "--output", str(tmp_path / "output")]) == 0
+    saved = json.loads((tmp_path / "output" / "quantization_report.json").read_text())
+    assert (audited["output"], audited["tensors"], audited["totals"]) == (None, saved["tensors"], saved["totals"])
+    assert main(["quantize", str(source), "--to", "int8", "--audit"]) == 0
+    assert "nothing was written" in capsys.readouterr().err
+    assert main(["quantize", str(source), "--to", "int8", "--audit", "--resume"]) == 2
+
+
+def test_the_audit_sees_what_is_odd(tiny: Maker, tmp_path: Path) -> None:
+    """Zero rows, subnormal numbers, negative zeros and outliers are counted as numpy counts them, in each format."""
+    source = tiny("untied")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    odd = tensors[name]
+    odd[3:5] = 0.0
+    odd[7, :4] = torch.tensor([1e-40, -1e-41, -0.0, 50.0])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        save_file(tensors | {name: odd.to(dtype)}, source / "model.safetensors", {"format": "pt"})
+        report = audit(source, to="int8")
+        found = next(tensor for tensor in report.tensors if tensor.name == name)
+        values = odd.to(dtype).double().numpy()
+        least = torch.finfo(dtype).smallest_normal
+        assert found.zero_rows == 2
+        assert found.subnormal_share == pytest.approx(((abs(values) < least) & (values != 0)).mean())
+        assert found.largest == abs(values).max() == 50.0
+        assert found.outlier_ratio == pytest.approx(50 / (values**2).mean() ** 0.5, rel=1e-5)
+        kept = next(tensor for tensor in report.tensors if tensor.name == "model.embed_tokens.weight")
+        embedding = tensors["model.embed_tokens.weight"].double().numpy()
+        assert kept.largest == abs(embedding).max()
+        assert kept.outlier_ratio == pytest.approx(abs(embedding).max() / (embedding**2).mean() ** 0.5, rel=1e-5)
