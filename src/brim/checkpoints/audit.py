@@ -88,15 +88,17 @@ class QuantizationReport:
         }
 
 
-def tensor_report(source: TensorSpec, outputs: Sequence[TensorSpec], sums: Statistics) -> TensorReport:
-    """The report of a tensor from the sums over all of it."""
+def tensor_report(
+    source: TensorSpec, outputs: Sequence[TensorSpec], sums: Statistics, *, format: str = ""
+) -> TensorReport:
+    """The report of a tensor from the sums over all of it; `format` of its elements, "": its first output's dtype."""
     rms = math.sqrt(sums.signal / sums.elements) if sums.elements else 0.0
     looked_at = sums.largest >= 0
     return TensorReport(
         name=source.name,
         shape=source.shape,
         source_format=source.dtype,
-        format=outputs[0].dtype,
+        format=format or outputs[0].dtype,
         bytes_before=source.nbytes,
         bytes_after=sum(output.nbytes for output in outputs),
         sqnr_db=10 * math.log10(sums.signal / sums.noise) if sums.noise and sums.signal else None,

@@ -45,6 +45,8 @@ class Conversion:
     """Memory that `encode` takes, for each element, beside the block itself."""
     constants: tuple[tuple[TensorSpec, bytes], ...] = ()
     """Further outputs, known beforehand: a table, a shape."""
+    format: str = ""
+    """Of the elements, where the first output's dtype does not say it: several are packed into one of its elements."""
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

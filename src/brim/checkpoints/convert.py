@@ -25,6 +25,7 @@ from brim.checkpoints.writer import create
 from brim.errors import DoesNotFitError, ModelFileError, Stopped, UsageError
 from brim.models import describe
 from brim.models.directory import StoredTensor, stored_tensors
+from brim.numerics.granularity import Granularity
 from brim.publish import alone, appear, check_room, partial_of, sync_tree
 from brim.units import MIB, Progress, no_progress
 
@@ -38,23 +39,26 @@ def quantize(
     output: Path,
     *,
     to: Target,
+    granularity: Granularity | None = None,
     memory_bytes: int = MEMORY_BYTES,
     resume: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizationReport:
     """Write the model in directory `source` to the new directory `output`, its floats as FP16 or BF16, or its linear
-    weights as INT8 (compressed-tensors `int-quantized`); tokenizer, generation settings and licences go along.
+    weights as INT8 or INT4 (compressed-tensors); tokenizer, generation settings and licences go along. `granularity` is
+    that of integers; None: INT8 by channel, INT4 by groups of 32.
 
     Takes at most `memory_bytes` beside what the interpreter has. `progress` counts bytes read from the source and back
     from the output. The output appears whole or not at all. With `resume`, what a killed run did is not done again,
     and the result is the same byte by byte.
-    Raises UsageError for a source that is quantized, that INT8 has nothing for, an output that exists or that another
-    run makes, or a killed run of other work; ModelFileError for NaN, Inf and overflow; DoesNotFitError where the disk
-    or `memory_bytes` lacks the room; Stopped for an interrupted run that can be resumed.
+    Raises UsageError for a source that is quantized, that integers have nothing for, a granularity that does not suit,
+    an output that exists or that another run makes, or a killed run of other work; ModelFileError for NaN, Inf and
+    overflow; DoesNotFitError where the disk or `memory_bytes` lacks the room; Stopped for an interrupted run that can
+    be resumed.
     """
     check_output(output, source=source)
     spec = describe(str(source.resolve()))
-    job = plan_job(source, spec, to)
+    job = plan_job(source, spec, to, granularity=granularity)
     workers = count_workers(job.conversions, memory_bytes=memory_bytes)
     place, partial = output.absolute(), partial_of(output.absolute())
     with _full_disk(output), alone(place):
@@ -70,13 +74,18 @@ def quantize(
 
 
 def audit(
-    source: Path, *, to: Target, memory_bytes: int = MEMORY_BYTES, progress: Progress = no_progress
+    source: Path,
+    *,
+    to: Target,
+    granularity: Granularity | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    progress: Progress = no_progress,
 ) -> QuantizationReport:
     """The report that `quantize` would give, without writing anything.
 
     `progress` counts bytes read from the source. Raises what `quantize` does on account of the source.
     """
-    job = plan_job(source, describe(str(source.resolve())), to)
+    job = plan_job(source, describe(str(source.resolve())), to, granularity=granularity)
     workers = count_workers(job.conversions, memory_bytes=memory_bytes)
     chunks = tuple(chunk for conversion in job.conversions for chunk in chunks_of(conversion))
     collected = _Collected(job, progress, read_back=False)
@@ -86,8 +95,8 @@ def audit(
 
 def _report(source: Path, job: Job, collected: "_Collected", to: Target) -> QuantizationReport:
     tensors = tuple(
-        tensor_report(conversion.source.spec, conversion.tensors, collected.sums[conversion.source.spec.name])
-        for conversion in job.conversions
+        tensor_report(c.source.spec, c.tensors, collected.sums[c.source.spec.name], format=c.format)
+        for c in job.conversions
     )
     return QuantizationReport(model=source.resolve().name, to=to, layout=job.layout, tensors=tensors)
 
@@ -211,7 +220,7 @@ class _Collected:
         source, sums = chunk.conversion.source, self.sums[chunk.conversion.source.spec.name]
         sums.add(done.statistics)
         if sums.overflowed and sums.elements == source.spec.numel:
-            raise _overflow(source, chunk.conversion.outputs[0].dtype, sums)
+            raise _overflow(source, chunk.conversion.format or chunk.conversion.outputs[0].dtype, sums)
         self.done.append((chunk, done))
         self.count(chunk.source_bytes)
 

@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from brim.checkpoints.conversion import Conversion, cast, keep
+from brim.checkpoints.float_rows import WORK_BYTES as FLOAT_WORK_BYTES
+from brim.checkpoints.float_rows import encode_float_rows
 from brim.checkpoints.integer_rows import encode_rows
-from brim.checkpoints.layouts import int_quantized, plain
+from brim.checkpoints.layouts import float_quantized, int_quantized, pack_quantized, plain
 from brim.checkpoints.linears import find_linears
+from brim.checkpoints.packed_rows import WORK_BYTES, encode_packed
 from brim.checkpoints.writer import OutputFile, index_of, plan_shards
 from brim.errors import UsageError
 from brim.models.directory import INDEX, StoredTensor, checked_file, stored_tensors
 from brim.models.files import read_json_object
 from brim.models.spec import ModelSpec, TensorSpec
 from brim.numerics.encode import TORCH_DTYPES
+from brim.numerics.formats import FORMATS
+from brim.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
-Target = Literal["fp16", "bf16", "int8"]
+Target = Literal["fp16", "bf16", "int8", "int4", "fp8"]
+_DEFAULT_GRANULARITY: Mapping[str, Granularity] = {"int8": PerChannel(), "int4": PerGroup(32), "fp8": PerChannel()}
 CONFIG = "config.json"
 _FLOATS = ("fp64", "fp32", "fp16", "bf16")
 
@@ -34,19 +40,17 @@ class Job(NamedTuple):
     """What was asked: a run that was killed is gone on with under the same settings only."""
 
 
-def plan_job(source: Path, spec: ModelSpec, to: Target) -> Job:
-    """Raises UsageError for a source that is quantized already, or in which nothing would change."""
+def plan_job(source: Path, spec: ModelSpec, to: Target, *, granularity: Granularity | None = None) -> Job:
+    """Raises UsageError for a source that is quantized already, in which nothing would change, or whose rows the
+    granularity does not suit (None: INT8 by channel, INT4 by groups of 32)."""
     config = read_json_object(checked_file(source, CONFIG))
     stored = stored_tensors(source)
     if not stored:
         raise UsageError(f"{source} has a config.json but no weights; copy its safetensors files beside it")
     _check_unquantized(source, config, stored)
-    if to == "int8":
-        linears = find_linears(spec, tensors=[tensor.spec.name for tensor in stored if _is_float_matrix(tensor.spec)])
-        conversions = tuple(
-            _to_int8(tensor) if tensor.spec.name in linears.weights else keep(tensor) for tensor in stored
-        )
-        config, layout = int_quantized.config(config, ignore=linears.left_alone), int_quantized.LAYOUT
+    granularity = _checked_granularity(to, granularity)
+    if granularity is not None:
+        conversions, config, layout = _to_integers(spec, stored, config, to, granularity)
     else:
         conversions = tuple(_to_float(tensor, to) for tensor in stored)
         config, layout = plain.config(config, to=to), "plain"
@@ -56,7 +60,41 @@ def plan_job(source: Path, spec: ModelSpec, to: Target) -> Job:
     texts = {CONFIG: as_json(config)}
     if index := index_of(files):
         texts[INDEX] = as_json(index)
-    return Job(conversions, files, texts, layout, settings=to)
+    return Job(conversions, files, texts, layout, settings=f"{to} {granularity}")
+
+
+def _checked_granularity(to: Target, granularity: Granularity | None) -> Granularity | None:
+    """Of the integers; None for floats."""
+    if to not in _DEFAULT_GRANULARITY:
+        if granularity is not None:
+            raise UsageError(f"--to {to} has no scales, so --granularity has no effect; leave it away")
+        return None
+    if isinstance(granularity, PerTensor):
+        # A block is encoded when it is read; a scale for the whole tensor would take reading it twice, for less.
+        raise UsageError("granularity tensor is less exact than channel and no smaller to speak of; use channel")
+    return granularity or _DEFAULT_GRANULARITY[to]
+
+
+def _to_integers(
+    spec: ModelSpec, stored: Sequence[StoredTensor], config: Mapping[str, Any], to: str, granularity: Granularity
+) -> tuple[tuple[Conversion, ...], dict[str, Any], str]:
+    """Conversions, config.json and layout: of INT8 by channel the one that most readers know."""
+    linears = find_linears(spec, tensors=[tensor.spec.name for tensor in stored if _is_float_matrix(tensor.spec)])
+    if to == "fp8":
+        if not isinstance(granularity, PerChannel):
+            raise UsageError("FP8 has a scale per channel in the layout that readers know; leave --granularity away")
+        conversions = tuple(
+            _to_fp8(tensor) if tensor.spec.name in linears.weights else keep(tensor) for tensor in stored
+        )
+        return conversions, float_quantized.config(config, ignore=linears.left_alone), float_quantized.LAYOUT
+    by_row = to == "int8" and isinstance(granularity, PerChannel)
+    convert = _to_int8 if by_row else partial(_to_packed, to=to, granularity=granularity)
+    conversions = tuple(convert(tensor) if tensor.spec.name in linears.weights else keep(tensor) for tensor in stored)
+    if by_row:
+        return conversions, int_quantized.config(config, ignore=linears.left_alone), int_quantized.LAYOUT
+    strategy = f"group:{granularity.size}" if isinstance(granularity, PerGroup) else "channel"
+    settings = pack_quantized.config(bits=FORMATS[to].element_bits, granularity=strategy, ignore=linears.left_alone)
+    return conversions, dict(config) | {"quantization_config": settings}, pack_quantized.LAYOUT
 
 
 def as_json(value: Mapping[str, Any]) -> str:
@@ -65,11 +103,12 @@ def as_json(value: Mapping[str, Any]) -> str:
 
 
 def _nothing(spec: ModelSpec, to: str) -> str:
-    if to == "int8":
-        # GPT-2's Conv1D modules, for one, hold their weights transposed; readers of INT8 know linear modules alone.
+    if to in _DEFAULT_GRANULARITY:
+        # GPT-2's Conv1D modules, for one, hold their weights transposed; readers of integers know linear modules alone.
         return (
-            "no weight that can become INT8: only those of linear modules (torch.nn.Linear, the head apart) can, and "
-            f"{spec.model_type} has none in a float format (Conv1D, as in GPT-2, is none); use --to bf16 or fp16"
+            f"no weight that can become {to.upper()}: only those of linear modules can (torch.nn.Linear, the head "
+            f"apart), and {spec.model_type} has none in a float format (Conv1D, as in GPT-2, is none); "
+            "use --to bf16 or fp16"
         )
     return f"nothing that is not {to.upper()} already, so there is nothing to do"
 
@@ -84,11 +123,10 @@ def _check_unquantized(source: Path, config: Mapping[str, Any], stored: Sequence
                     f"{source} is quantized already ({method or key}); quantize the model it was made from"
                 )
     names = {tensor.spec.name for tensor in stored}
-    suffix = int_quantized.SCALE_SUFFIX
-    if scale := next(
-        (name for name in sorted(names) if name.endswith(suffix) and name.removesuffix(suffix) in names), ""
-    ):
-        raise UsageError(f"{source} is quantized already (it holds {scale}); quantize the model it was made from")
+    scaled = {name.removesuffix(int_quantized.SCALE_SUFFIX) for name in names if name.endswith("_scale")}
+    packed = {name + pack_quantized.PACKED_SUFFIX for name in scaled}
+    if found := sorted(names & {name + int_quantized.SCALE_SUFFIX for name in scaled & names} | names & packed):
+        raise UsageError(f"{source} is quantized already (it holds {found[0]}); quantize the model it was made from")
 
 
 def _to_float(tensor: StoredTensor, to: str) -> Conversion:
@@ -110,4 +148,40 @@ def _to_int8(tensor: StoredTensor) -> Conversion:
         encode=partial(encode_rows, scale_dtype=scale_dtype),
         row_elements=inputs,
         row_bytes=(inputs, scale_dtype.itemsize),
+    )
+
+
+def _to_packed(tensor: StoredTensor, *, to: str, granularity: Granularity) -> Conversion:
+    inputs = tensor.spec.shape[1]
+    if isinstance(granularity, PerGroup) and inputs % granularity.size:
+        fitting = min(128, inputs & -inputs)
+        nearest = f"--granularity group:{fitting}" if fitting >= 8 else "--granularity channel"
+        raise UsageError(
+            f"tensor {tensor.spec.name!r}: rows of {inputs} elements do not divide into groups of {granularity.size}; "
+            f"use {nearest}"
+        )
+    words, scale = pack_quantized.outputs(tensor.spec, format=to, granularity=granularity)
+    scale_dtype = TORCH_DTYPES[scale.dtype]
+    return Conversion(
+        source=tensor,
+        outputs=(words, scale),
+        encode=partial(encode_packed, format=to, granularity=granularity, scale_dtype=scale_dtype),
+        row_elements=inputs,
+        row_bytes=(words.nbytes // words.shape[0], scale.nbytes // scale.shape[0]),
+        work_bytes=WORK_BYTES,
+        constants=(pack_quantized.shape_tensor(tensor.spec),),
+        format=to,
+    )
+
+
+def _to_fp8(tensor: StoredTensor) -> Conversion:
+    elements, scale = float_quantized.outputs(tensor.spec)
+    inputs, scale_dtype = tensor.spec.shape[1], TORCH_DTYPES[scale.dtype]
+    return Conversion(
+        source=tensor,
+        outputs=(elements, scale),
+        encode=partial(encode_float_rows, scale_dtype=scale_dtype),
+        row_elements=inputs,
+        row_bytes=(inputs, scale_dtype.itemsize),
+        work_bytes=FLOAT_WORK_BYTES,
     )

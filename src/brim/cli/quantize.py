@@ -17,15 +17,24 @@ if TYPE_CHECKING:
     from brim.checkpoints.audit import QuantizationReport
 
 WORST = 5
+_Granularity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        help="What shares a scale: channel or group:SIZE; default: int4 group:32, others channel.",
+        show_default=False,
+    ),
+]
 
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, Hub id, directory or .gguf file.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="int8, fp16 or bf16.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="int8, int4, fp8, fp16 or bf16.")],
     output: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A directory to make; default: ./MODEL-FORMAT.", show_default=False),
     ] = None,
+    granularity: _Granularity = None,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Beside what the interpreter takes, whatever the model's size.")
     ] = "512MiB",
@@ -35,11 +44,12 @@ def command(
     ] = False,
     json: Json = False,
 ) -> None:
-    """A smaller checkpoint: FP16, BF16, or INT8 linear weights."""
+    """A smaller checkpoint: FP16, BF16, or INT8, INT4 or FP8 linear weights."""
     from brim.checkpoints.convert import audit, check_output, quantize
     from brim.checkpoints.job import Target
     from brim.models import describe
     from brim.models.weights import local_directory
+    from brim.numerics.granularity import parse_granularity
 
     known: tuple[Target, ...] = get_args(Target)
     target = next((name for name in known if name == to.lower()), None)
@@ -49,6 +59,7 @@ def command(
         raise UsageError("--audit writes nothing; leave --output and --resume out, or leave --audit out")
     spec = describe(model)
     place = output or Path(f"{_short_name(model)}-{target}")
+    shared = None if granularity is None else parse_granularity(granularity)
     memory_bytes = units.parse_bytes(memory)
     if not audit_only:
         check_output(place, source=spec.path)  # before anything is downloaded
@@ -57,9 +68,11 @@ def command(
     started = time.perf_counter()
     with console.progress(f"{'auditing for' if audit_only else 'quantizing to'} {target}", in_bytes=True) as listen:
         if audit_only:
-            report = audit(source, to=target, memory_bytes=memory_bytes, progress=listen)
+            report = audit(source, to=target, granularity=shared, memory_bytes=memory_bytes, progress=listen)
         else:
-            report = quantize(source, place, to=target, memory_bytes=memory_bytes, resume=resume, progress=listen)
+            report = quantize(
+                source, place, to=target, granularity=shared, memory_bytes=memory_bytes, resume=resume, progress=listen
+            )
     seconds = time.perf_counter() - started
     if json:
         console.print_json(_to_dict(report, model, None if audit_only else place, seconds))
