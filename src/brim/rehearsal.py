@@ -26,6 +26,7 @@ from brim.speed.operators import OperatorMeter
 from brim.training.adapters import add_lora
 from brim.training.batches import synthetic_batch
 from brim.training.build import base_model, build
+from brim.training.ranks import imagined_ranks
 from brim.training.step import train_step
 
 ERROR_BAND = (-0.001, 0.001)
@@ -104,10 +105,17 @@ def rehearse_trace(
     None as the device: a CPU. `operators` hears of the last step's operators.
     """
     synthetic = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
-    with FakeWorld() as world, owners.listening(world.meter), ExitStack() as stack:
+    with (
+        imagined_ranks(recipe) as ranks,  # before the fake world: making a mesh reads numbers from tensors
+        FakeWorld() as world,
+        owners.listening(world.meter),
+        ExitStack() as stack,
+    ):
         if device is not None and device.kind == "cuda":
             stack.enter_context(cuda_kernels(device, world.meter))
-        workload = build(recipe, spec)
+        workload = build(recipe, spec, ranks=ranks)
+        if ranks.mesh is not None:
+            world.meter.trace.forget_past()  # real weights are divided while they are read, and never whole
         batches = [batch.mapped(world.bring) for batch in synthetic]
         world.meter.after = operators
         for _ in range(steps):

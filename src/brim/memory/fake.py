@@ -29,12 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor._op_schema import OpSchema
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 import brim
-from brim.memory.lifetimes import LifetimeMeter
+from brim.memory.lifetimes import LifetimeMeter, is_sharded
 
 _LARGEST_KNOWN = 2**22
 """Elements. Above it (a batch's full attention mask, say) values are not followed: nothing asks for them."""
@@ -60,6 +62,10 @@ class FakeWorld:
         self._stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply_to_fakes))
         self._stack.enter_context(mock.patch("torch.get_rng_state", self._rng_state))
         self._stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copy_of_fake, create=True))
+        self._stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", _metered_resize(self.meter)))
+        self._stack.enter_context(
+            mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", _shape_of_the_whole)
+        )
         # Last, hence the first to see an operator: it counts references, and each mode below adds some.
         self._stack.enter_context(AccumulateInPlace())
         return self
@@ -98,6 +104,8 @@ class KnownIntegers(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if is_sharded(types):
+            return NotImplemented
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0] in self._values:
             with _real():
@@ -159,6 +167,8 @@ class GroupedMatmulOfAnyFormat(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if is_sharded(types):
+            return NotImplemented
         kwargs = kwargs or {}
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
@@ -195,6 +205,8 @@ class AccumulateInPlace(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if is_sharded(types):
+            return NotImplemented
         if func is torch.ops.prim.device.default:
             return args[0].fake_device  # two of three calls are this question; the modes below add nothing to it
         if func is torch.ops.aten.add.Tensor and _called_by_autograd():
@@ -214,6 +226,28 @@ def _called_by_autograd() -> bool:
     while frame.f_back is not None and frame.f_code.co_filename.endswith(("_compile.py", "eval_frame.py", "_stats.py")):
         frame = frame.f_back
     return frame.f_code.co_name == "_engine_run_backward"
+
+
+_propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+
+def _shape_of_the_whole(propagator: ShardingPropagator, schema: OpSchema) -> Any:
+    """A sharded tensor's operator asks what shape its result would have as a whole, and makes fake tensors to find out:
+    out of the meter's sight, as they are in a real run."""
+    with _real():
+        return _propagate(propagator, schema)
+
+
+def _metered_resize(meter: LifetimeMeter) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:
+    """`UntypedStorage.resize_` that the meter hears of."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resized = resize(storage, size)
+        meter.resized(storage)
+        return resized
+
+    return resize_
 
 
 def _asked_by_the_step() -> bool:

@@ -1,6 +1,8 @@
 """Meter of tensor lifetimes: sees each operator's outputs, counts each new storage until it is collected.
 
 It sees sizes only, so it works on fake tensors; it does not see what an operator allocates and frees inside itself.
+A sharded tensor counts as the part of it that is here. A storage that is resized (FSDP frees a gathered parameter so) is
+a block that ends and another that begins.
 """
 
 import weakref
@@ -9,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,6 +40,8 @@ class LifetimeMeter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if is_sharded(types):
+            return NotImplemented  # it calls operators on its part, which are what allocates
         if self.before is not None:
             self.before(func)
         out = func(*args, **(kwargs or {}))
@@ -56,20 +62,42 @@ class LifetimeMeter(TorchDispatchMode):
         """Put these tensors on a line; one that the meter has not met counts from now on."""
         for tensor in tensors:
             self.see(tensor)
-            self._blocks[_key(tensor.untyped_storage())].line = line
+            self._blocks[_key(storage_of(tensor))].line = line
 
     def see(self, tensor: Tensor) -> None:
         """Count this tensor's storage from now on, if it is new."""
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         key = _key(storage)
         if key in self._blocks:
             return
         self._blocks[key] = self.trace.allocate(storage.nbytes(), self._line)
         self._watches[key] = weakref.ref(storage, lambda _: self._forget(key))
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """This storage has another size now; its owner stays."""
+        key = _key(storage)
+        if key in self._blocks:
+            line = self._blocks[key].line
+            self.trace.free(self._blocks[key])
+            self._blocks[key] = self.trace.allocate(storage.nbytes(), line)
+
     def _forget(self, key: int) -> None:
         del self._watches[key]
         self.trace.free(self._blocks.pop(key))
+
+
+def is_sharded(types: Iterable[type]) -> bool:
+    """Whether an operator is asked of a tensor that stands for parts on many ranks, or that is on its way."""
+    return any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types)
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    """The storage that a tensor has here; of a sharded one, its part's."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    if isinstance(tensor, AsyncCollectiveTensor):
+        tensor = tensor.elem
+    return tensor.untyped_storage()
 
 
 def _key(storage: torch.UntypedStorage) -> int:

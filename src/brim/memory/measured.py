@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from brim.memory import owners
+from brim.memory.lifetimes import storage_of
 from brim.memory.trace import Block, Trace
 from brim.report import Ledger, Peak
 
@@ -80,7 +81,7 @@ class CpuMeter:
     def claim(self, line: str, tensors: Iterable[Tensor]) -> None:
         with record_function(f"{_MARK}claim:{len(self._claims)}"):
             pass
-        self._claims.append((line, {tensor.untyped_storage().data_ptr() for tensor in tensors}))
+        self._claims.append((line, {storage_of(tensor).data_ptr() for tensor in tensors}))
 
     def sample(self) -> tuple[int, int]:
         self._replay()

@@ -21,6 +21,8 @@ class Listener(Protocol):
 
 
 _listeners: list[Listener] = []
+_working_on = "workspace"
+"""The line of the last switch."""
 
 
 @contextmanager
@@ -35,8 +37,21 @@ def listening(listener: Listener) -> Iterator[None]:
 
 def switch(line: str) -> None:
     """Storage allocated from now on belongs on this ledger line."""
+    global _working_on
+    _working_on = line
     for listener in _listeners:
         listener.switch(line)
+
+
+@contextmanager
+def inside(line: str) -> Iterator[None]:
+    """Storage allocated inside the block belongs on this line; after it, on the line before."""
+    before = _working_on
+    switch(line)
+    try:
+        yield
+    finally:
+        switch(before)
 
 
 def claim(line: str, tensors: Iterable[Tensor]) -> None:

@@ -34,7 +34,7 @@ class Recipe:
     micro_batch_size: int = 1
     """Rows that go through the model at once."""
     grad_accumulation: int = 1
-    """Micro-batches of one optimizer step."""
+    """Micro-batches of one optimizer step, on each device."""
     precision: Precision = field(default_factory=Precision)
     optimizer: Optimizer = field(default_factory=Optimizer)
     memory: Memory = field(default_factory=Memory)
@@ -50,9 +50,14 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step reads; source and target counted together."""
+        """Tokens that one optimizer step reads on all devices; source and target counted together."""
         row = self.seq_len + (self.target_len if self.task == "seq2seq-lm" else 0)
-        return row * self.micro_batch_size * self.grad_accumulation
+        return row * self.rows_per_step
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step on all devices."""
+        return self.micro_batch_size * self.grad_accumulation * self.parallel.data_ranks
 
     @property
     def adapts(self) -> bool:

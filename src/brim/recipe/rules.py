@@ -39,11 +39,9 @@ def check_ranges(recipe: "Recipe") -> None:
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
     ("memory.offload", frozenset({"none"}), "none", "everything stays on one device"),
-    ("parallel.nodes", frozenset({1}), "1", "a run uses one device"),
-    ("parallel.devices_per_node", frozenset({1}), "1", "a run uses one device"),
-    ("parallel.sharding", frozenset({"none"}), "none", "a run uses one device"),
-    ("parallel.tensor", frozenset({1}), "1", "a run uses one device"),
-    ("parallel.pipeline", frozenset({1}), "1", "a run uses one device"),
+    ("parallel.sharding", frozenset({"none", "zero2", "zero3", "hsdp"}), "zero3", "it is not built"),
+    ("parallel.tensor", frozenset({1}), "1", "matrices are not divided"),
+    ("parallel.pipeline", frozenset({1}), "1", "stages are not built"),
 )
 
 
@@ -67,6 +65,7 @@ def check_runs(recipe: "Recipe") -> None:
     _check_in_backward(recipe)
     _check_fp16(recipe)
     _check_packed(recipe)
+    _check_parallel(recipe)
     library = recipe.library
     if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
         raise RecipeError(
@@ -132,6 +131,37 @@ def _check_in_backward(recipe: "Recipe") -> None:
         )
 
 
+def _check_parallel(recipe: "Recipe") -> None:
+    parallel = recipe.parallel
+    if parallel.devices % (parallel.tensor * parallel.pipeline):
+        raise RecipeError(
+            f"parallel.tensor = {parallel.tensor} x parallel.pipeline = {parallel.pipeline} do not divide the "
+            f"{parallel.devices} devices; nearest: parallel.tensor = 1, parallel.pipeline = 1"
+        )
+    if parallel.data_ranks > 1 and parallel.sharding == "none":
+        raise RecipeError(
+            f'{parallel.data_ranks} devices see different rows, and parallel.sharding = "none" does not say what they '
+            'share; nearest: parallel.sharding = "zero3"'
+        )
+    if parallel.sharding == "hsdp" and parallel.nodes == 1:
+        raise RecipeError(
+            'parallel.sharding = "hsdp" keeps a copy on each node, and there is one; nearest: parallel.sharding = '
+            '"zero3"'
+        )
+    if parallel.sharding != "none" and recipe.optimizer.in_backward:
+        raise RecipeError(
+            "optimizer.in_backward = true steps each weight before its gradient has come from the other devices; "
+            "nearest: optimizer.in_backward = false"
+        )
+
+
+    if parallel.sharding in ("zero2", "zero3", "hsdp") and recipe.optimizer.name == "adafactor":
+        raise RecipeError(
+            'optimizer.name = "adafactor" takes means over rows and columns that are on different devices; nearest: '
+            'optimizer.name = "adamw"'
+        )
+
+
 def without_effect(recipe: "Recipe") -> list[str]:
     """Settings that change nothing in this recipe, each with why."""
     found = []
@@ -155,6 +185,8 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'library.adapters has no effect: method is "{recipe.method}"')
     if recipe.task != "seq2seq-lm" and recipe.target_seq_len:
         found.append(f'target_seq_len has no effect: task is "{recipe.task}"')
+    if recipe.parallel.sharding != "none" and recipe.parallel.data_ranks == 1:
+        found.append("parallel.sharding has no effect: one device sees all rows")
     if recipe.task != "sequence-classification" and recipe.num_labels != 2:
         found.append(f'num_labels has no effect: task is "{recipe.task}"')
     if recipe.task == "sequence-classification" and recipe.memory.loss == "chunked":

@@ -119,5 +119,18 @@ class Parallel:
     nodes: int = 1
     devices_per_node: int = 1
     sharding: Literal["none", "ddp", "zero1", "zero2", "zero3", "hsdp"] = "none"
+    """What is divided among the devices that see different rows: nothing (ddp), the optimizer's states (zero1), also
+    gradients (zero2), also weights (zero3), or all that within a node, with copies across nodes (hsdp)."""
     tensor: int = 1
+    """Devices that share each matrix, and see the same rows."""
     pipeline: int = 1
+
+    @property
+    def devices(self) -> int:
+        """All of them: a process each."""
+        return self.nodes * self.devices_per_node
+
+    @property
+    def data_ranks(self) -> int:
+        """Devices (or groups of `tensor` devices) that see different rows."""
+        return max(1, self.devices // (self.tensor * self.pipeline))

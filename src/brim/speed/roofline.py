@@ -68,7 +68,7 @@ def _rough_work(spec: ModelSpec, recipe: Recipe) -> Work:
     weight_bytes = FP32 if recipe.plain_format == "fp32" else BF16
     products = spec.num_parameters * forwards + trained
     return Work(
-        flops=float(2 * recipe.tokens_per_step * products),
+        flops=float(2 * recipe.tokens_per_step // recipe.parallel.data_ranks * products),
         traffic_bytes=float(weight_bytes * (recipe.grad_accumulation * products + (3 + passes) * trained)),
         compute=recipe.precision.compute,
     )

@@ -25,7 +25,7 @@ class Batch:
     position_ids: Tensor | None = None
     """BT, counted anew in each example; None where a row is one."""
     num_targets: int
-    """Labels that are not -100."""
+    """Labels that are not -100, those of the other ranks' rows that are read at the same time included."""
 
     def mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with each tensor replaced by what `move` makes of it."""
@@ -44,7 +44,7 @@ def synthetic_batch(recipe: Recipe, spec: ModelSpec, *, seed: int = 0) -> Batch:
 
     Packed rows hold two examples each: their number does not matter to memory.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, ranks = torch.Generator().manual_seed(seed), recipe.parallel.data_ranks
 
     def tokens(length: int) -> Tensor:
         return torch.randint(0, spec.vocab_size, (recipe.micro_batch_size, length), generator=generator)
@@ -53,7 +53,10 @@ def synthetic_batch(recipe: Recipe, spec: ModelSpec, *, seed: int = 0) -> Batch:
         labels = tokens(recipe.seq_len)
         positions = halves(recipe.micro_batch_size, recipe.seq_len) if recipe.training.packing else None
         return Batch(
-            input_ids=tokens(recipe.seq_len), labels=labels, position_ids=positions, num_targets=labels.numel()
+            input_ids=tokens(recipe.seq_len),
+            labels=labels,
+            position_ids=positions,
+            num_targets=labels.numel() * ranks,
         )
     mask = torch.ones(recipe.micro_batch_size, recipe.seq_len, dtype=torch.long)
     mask[0, -1] = 0
@@ -64,4 +67,4 @@ def synthetic_batch(recipe: Recipe, spec: ModelSpec, *, seed: int = 0) -> Batch:
         labels = tokens(recipe.target_len)
         labels[0, -1] = IGNORED
         num_targets = labels.numel() - 1
-    return Batch(input_ids=tokens(recipe.seq_len), labels=labels, attention_mask=mask, num_targets=num_targets)
+    return Batch(input_ids=tokens(recipe.seq_len), labels=labels, attention_mask=mask, num_targets=num_targets * ranks)

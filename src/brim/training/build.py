@@ -19,11 +19,13 @@ from brim.training.adapters import add_lora
 from brim.training.checkpointing import checkpoint_blocks
 from brim.training.fake_quantized import quantize_fake
 from brim.training.fused_norm import fuse_norms
-from brim.training.head import OutputHead
+from brim.training.head import LossModule, OutputHead
 from brim.training.loss_scale import LossScale
 from brim.training.optimizer import Stepper
 from brim.training.packed_base import PackedBase, cast_norms
 from brim.training.packing import check_takes_positions
+from brim.training.ranks import ALONE, Ranks
+from brim.training.sharding import casts_when_gathered, shard
 
 _CPU = torch.device("cpu")
 
@@ -38,10 +40,13 @@ class Workload:
     base: PreTrainedModel
     """The same model without the adapters' wrapper."""
     head: OutputHead
+    loss: nn.Module
+    """A `LossModule` around the model, sharded as the recipe says."""
     optimizer: Stepper
     loss_scale: LossScale | None
     """Where backward runs in FP16."""
     device: torch.device
+    ranks: Ranks
 
     def kernels(self) -> AbstractContextManager[object]:
         """What forward and backward may run in: FlashAttention alone, when the recipe asks for it."""
@@ -54,18 +59,21 @@ class Workload:
     def autocast(self) -> AbstractContextManager[object]:
         """16-bit matmuls over FP32 weights, when the recipe asks for them."""
         compute, fp32_norms = self.recipe.precision.compute, self.recipe.library.frozen == "fp32-norms"
-        if compute != "fp32" and (self.recipe.plain_format == "fp32" or fp32_norms):
+        mixed = compute != "fp32" and (self.recipe.plain_format == "fp32" or fp32_norms)
+        if mixed and not casts_when_gathered(self.recipe):
             return torch.autocast(self.device.type, dtype=DTYPES[compute])
         return nullcontext()
 
 
-def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, device: str = "cpu") -> Workload:
+def build(
+    recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, device: str = "cpu", ranks: Ranks = ALONE
+) -> Workload:
     """A recipe's model and optimizer on a device; inside a fake mode, fake ones.
 
     `weights` is a directory in Hugging Face form; without it the weights are random. The order: weights in their
     stored format, packed one by one as they come -> device -> fake quantization (it takes the weights over) -> adapters
-    (they take the base's format and place) -> checkpointing (it must see the final blocks) -> optimizer (it must see
-    the final parameters).
+    (they take the base's format and place) -> checkpointing (it must see the final blocks) -> sharding (it must see all
+    that is to be divided) -> optimizer (it must see the final parameters).
 
     Raises RecipeError when the recipe does not go with the model.
     """
@@ -88,6 +96,8 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
         model = add_lora(base, recipe)
     checkpoint_blocks(base, recipe.memory.activation_checkpointing)
     model.train()
+    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
+    loss = shard(LossModule(model, head), recipe, ranks)
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")
     optimizer = Stepper(
@@ -98,15 +108,16 @@ def build(recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, devic
     )
     owners.claim("optimizer", optimizer.tensors())
     owners.switch("workspace")
-    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
     return Workload(
         recipe=recipe,
         model=model,
         base=base,
         head=head,
+        loss=loss,
         optimizer=optimizer,
         loss_scale=LossScale() if recipe.precision.compute == "fp16" else None,
         device=torch.device(device),
+        ranks=ranks,
     )
 
 

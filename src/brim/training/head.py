@@ -106,6 +106,22 @@ class OutputHead:
             )
 
 
+class LossModule(nn.Module):
+    """The model with its loss as the one result: what sharding wraps, so that the head's weight is there for the loss.
+
+    Called for the forward pass of a micro-batch.
+    """
+
+    def __init__(self, model: nn.Module, head: OutputHead) -> None:
+        super().__init__()
+        self.model = model
+        self._head = head
+
+    def forward(self, inputs: dict[str, Tensor], labels: Tensor, *, scale: float) -> Tensor:
+        """As `OutputHead.loss`."""
+        return self._head.loss(self.model, inputs, labels, scale=scale)
+
+
 def finish_of(base: PreTrainedModel) -> Finish:
     """What the family does to logits after the head: softcap (Gemma), division (Granite), bias (BART), or nothing."""
     softcap = getattr(base.config, "final_logit_softcapping", None)

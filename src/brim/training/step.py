@@ -12,9 +12,9 @@ from brim.training.loss_scale import norm_of, unscaling
 
 
 def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: float) -> Tensor:
-    """Mean loss per target token over all micro-batches (an FP32 scalar); the parameters are updated.
+    """Mean loss per target token over all micro-batches of all ranks (an FP32 scalar); the parameters are updated.
 
-    The mean is over all tokens of the step, not of means, so accumulation does not change what is learned.
+    The mean is over all tokens of the step, not of means, so neither accumulation nor sharding changes what is learned.
     """
     num_targets = max(1, sum(batch.num_targets for batch in batches))
     workload.optimizer.set_learning_rate(learning_rate)
@@ -27,7 +27,7 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
     owners.claim("gradients", [parameter.grad for parameter in trainable if parameter.grad is not None])
     _update(workload, trainable)
     owners.claim("optimizer", workload.optimizer.tensors())
-    return total / scale if scale != 1.0 else total
+    return workload.ranks.add(total / scale if scale != 1.0 else total)
 
 
 def _update(workload: Workload, trainable: Sequence[Tensor]) -> None:
@@ -61,7 +61,8 @@ def batch_loss(workload: Workload, batch: Batch, num_targets: float) -> Tensor:
     """This micro-batch's share of the mean loss over `num_targets` tokens."""
     owners.switch("activations")
     with workload.autocast():
-        return workload.head.loss(workload.model, _inputs(workload, batch), batch.labels, scale=1 / num_targets)
+        loss: Tensor = workload.loss(_inputs(workload, batch), batch.labels, scale=1 / num_targets)
+    return loss
 
 
 def _inputs(workload: Workload, batch: Batch) -> dict[str, Tensor]:

@@ -1,0 +1,110 @@
+"""The processes that train together: which of them this is, and what they tell each other.
+
+A mesh has three axes: `replicate` (copies of the model), `shard` (parts of one copy) and `tensor` (parts of one
+matrix). Only axes that a recipe uses are made.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from brim.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int = 0
+    mesh: DeviceMesh | None = None
+    """None: this process is alone."""
+
+    @property
+    def is_first(self) -> bool:
+        """The one that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def data(self) -> DeviceMesh | None:
+        """The axes along which rows differ; None where all ranks see the same rows."""
+        if self.mesh is None:
+            return None
+        names = tuple(name for name in (self.mesh.mesh_dim_names or ()) if name != "tensor")
+        return self.mesh[names] if names else None
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the rows is this process's."""
+        if self.data is None:
+            return 0
+        sizes, place = self.data.shape, self.data.get_coordinate()
+        assert place is not None
+        number = 0
+        for size, index in zip(sizes, place, strict=True):
+            number = number * size + index
+        return number
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that see different rows, in place."""
+        if self.data is not None:
+            for name in self.data.mesh_dim_names or ():
+                dist.all_reduce(tensor, group=self.data.get_group(name))
+        return tensor
+
+    def any(self, asked: bool) -> bool:
+        """Whether any process was asked; the same answer in all."""
+        if self.mesh is None:
+            return asked
+        answer = torch.tensor([asked], dtype=torch.int32, device=self.mesh.device_type)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+        return bool(answer.item())
+
+
+ALONE = Ranks()
+
+
+def mesh_axes(recipe: Recipe) -> dict[str, int]:
+    """Axis -> size, outermost first; empty for one device."""
+    parallel = recipe.parallel
+    rows = parallel.data_ranks
+    axes: dict[str, int] = {}
+    match parallel.sharding:
+        case "ddp" | "zero1":
+            axes["replicate"] = rows
+        case "zero2" | "zero3":
+            axes["shard"] = rows
+        case "hsdp":
+            axes |= {"replicate": parallel.nodes, "shard": rows // parallel.nodes}
+    if parallel.tensor > 1:
+        axes["tensor"] = parallel.tensor
+    return axes
+
+
+@contextmanager
+def imagined_ranks(recipe: Recipe) -> Iterator[Ranks]:
+    """The first of as many ranks as the recipe says; the others exist by name alone, and collectives move nothing."""
+    axes = mesh_axes(recipe)
+    if not axes:
+        yield ALONE
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=recipe.parallel.devices)
+    try:
+        mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        yield Ranks(rank=0, mesh=mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def joined_ranks(recipe: Recipe, device: str) -> Ranks:
+    """This process's place, after its process group was made."""
+    axes = mesh_axes(recipe)
+    if not axes:
+        return ALONE
+    mesh = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    return Ranks(rank=dist.get_rank(), mesh=mesh)

@@ -1,0 +1,78 @@
+"""A model over many devices, by PyTorch's own engine.
+
+ZeRO-3 is FSDP2's `fully_shard` (each block is gathered when it is needed and freed after), ZeRO-2 the same with blocks
+that stay gathered from forward to their backward, HSDP the same on a mesh of two axes (shards within a node, copies
+across). A block is what transformers checkpoints; the rest (embedding, head, last norm) is gathered for the whole step.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from brim.memory import owners
+from brim.recipe import Recipe
+from brim.training.ranks import Ranks
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+_COMMUNICATION = ("unshard", "wait_for_unshard", "post_backward")
+"""Of a parameter group: where it gathers parameters and where it reduces gradients."""
+
+
+def shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
+    """`root` (what computes the loss) as it is to be called, its parameters spread over the ranks."""
+    match recipe.parallel.sharding:
+        case "zero2" | "zero3" | "hsdp":
+            return _fully_shard(root, recipe, ranks)
+        case _:
+            return root
+
+
+def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
+    policy = MixedPrecisionPolicy()
+    if casts_when_gathered(recipe):
+        # Gradients are added up in FP32: over hundreds of ranks, BF16 would lose them.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    settings: dict[str, Any] = {"mesh": ranks.data, "mp_policy": policy}
+    for block in blocks_of(root):
+        fully_shard(block, reshard_after_forward=recipe.parallel.sharding != "zero2", **settings)
+    fully_shard(root, reshard_after_forward=False, **settings)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by the targets of all ranks already, so gradients are summed and not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            _watch(module)
+    return root
+
+
+def casts_when_gathered(recipe: Recipe) -> bool:
+    """Sharded FP32 weights become BF16 as they are gathered: autocast would gather them in FP32."""
+    precision, sharding = recipe.precision, recipe.parallel.sharding
+    return precision.weights == "fp32" and precision.compute == "bf16" and sharding in ("zero2", "zero3", "hsdp")
+
+
+def blocks_of(root: nn.Module) -> list[nn.Module]:
+    """The model's repeated blocks, those of encoder and decoder both."""
+    return [module for module in root.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _watch(module: FSDPModule) -> None:
+    """What the engine allocates in these methods is the ledger's `gathered`."""
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for name in _COMMUNICATION:
+            setattr(group, name, _gathering(getattr(group, name)))
+
+
+def _gathering(method: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    @wraps(method)
+    def watched(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        with owners.inside("gathered"):
+            return method(*args, **kwargs)
+
+    return watched
