@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from brim.errors import UsageError
 from brim.hardware.device import Device
 from brim.memory import closed_form, rough
 from brim.memory.constants import context_bytes, cublas_workspace_bytes
@@ -15,6 +16,11 @@ from brim.units import format_bytes
 
 def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: int) -> Prediction:
     """Peak and step time without running anything; roughly where the closed form does not know the family or head."""
+    if recipe.parallel.devices > 1:
+        raise UsageError(
+            f"the closed form knows one device, and the recipe has {recipe.parallel.devices}; rehearse it: leave "
+            "--quick away"
+        )
     reasons: tuple[str, ...] = ()
     if rough.closed_form_knows(spec, recipe):
         ledger, error_band = closed_form.closed_form(spec, recipe), closed_form.ERROR_BAND

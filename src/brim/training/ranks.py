@@ -4,9 +4,12 @@ A mesh has three axes: `replicate` (copies of the model), `shard` (parts of one 
 matrix). Only axes that a recipe uses are made.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from brim.errors import UsageError
 from brim.recipe import Recipe
+from brim.training.processes import RENDEZVOUS
+
+_TIMEOUT = timedelta(minutes=10)
+"""For one collective: a rank that waits longer has lost the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +109,33 @@ def imagined_ranks(recipe: Recipe) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def joined_ranks(recipe: Recipe, device: str) -> Ranks:
-    """This process's place, after its process group was made."""
+@contextmanager
+def joined_ranks(recipe: Recipe, device: str) -> Iterator[Ranks]:
+    """This process among those that `processes.run_ranks` or torchrun started. Raises UsageError when they are not as
+    many as the recipe says."""
     axes = mesh_axes(recipe)
     if not axes:
-        return ALONE
-    mesh = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    return Ranks(rank=dist.get_rank(), mesh=mesh)
+        yield ALONE
+        return
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size != recipe.parallel.devices:
+        raise UsageError(
+            f"the recipe wants {recipe.parallel.nodes} x {recipe.parallel.devices_per_node} processes, and {size} were "
+            "started; start it under torchrun with as many, or change parallel.nodes and parallel.devices_per_node"
+        )
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    meet = os.environ.get(RENDEZVOUS)
+    if meet is not None and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks have nothing to say beyond this machine
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        init_method="env://" if meet is None else f"file://{meet}",
+        rank=rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+    )
+    try:
+        yield Ranks(rank=rank, mesh=init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes)))
+    finally:
+        dist.destroy_process_group()
