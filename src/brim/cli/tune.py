@@ -55,6 +55,11 @@ def command(
         micro_batch_size=micro_batch_size,
         settings=[*(settings or []), *steps],
     )
+    if recipe.parallel.devices > 1:
+        raise UsageError(
+            f"the recipe has {recipe.parallel.devices} devices, and brim tune runs on one so far: see what it would "
+            "take with brim predict, or set parallel.nodes=1, parallel.devices_per_node=1, parallel.sharding=none"
+        )
     target = output or Path("runs") / f"{Path(recipe.model).name}-{recipe.method}"
     cap = None if memory is None else units.parse_bytes(memory)
     from brim.models.quiet import quiet_transformers

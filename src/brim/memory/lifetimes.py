@@ -1,8 +1,8 @@
 """Meter of tensor lifetimes: sees each operator's outputs, counts each new storage until it is collected.
 
 It sees sizes only, so it works on fake tensors; it does not see what an operator allocates and frees inside itself.
-A sharded tensor counts as the part of it that is here. A storage that is resized (FSDP frees a gathered parameter so) is
-a block that ends and another that begins.
+A sharded tensor counts as the part of it that is here. A storage that is resized (FSDP frees a gathered parameter so)
+is a block that ends and another that begins.
 """
 
 import weakref

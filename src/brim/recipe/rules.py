@@ -153,12 +153,26 @@ def _check_parallel(recipe: "Recipe") -> None:
             "optimizer.in_backward = true steps each weight before its gradient has come from the other devices; "
             "nearest: optimizer.in_backward = false"
         )
+    if parallel.sharding != "none":
+        _check_divided(recipe)
 
 
-    if parallel.sharding in ("zero2", "zero3", "hsdp") and recipe.optimizer.name == "adafactor":
+def _check_divided(recipe: "Recipe") -> None:
+    """What does not work on parts of tensors."""
+    if recipe.optimizer.name not in ("adamw", "sgd", "lion"):
         raise RecipeError(
-            'optimizer.name = "adafactor" takes means over rows and columns that are on different devices; nearest: '
-            'optimizer.name = "adamw"'
+            f'optimizer.name = "{recipe.optimizer.name}" takes means or scales over elements that are on different '
+            'devices; nearest: optimizer.name = "adamw"'
+        )
+    if recipe.precision.packed or recipe.method == "qat":
+        raise RecipeError(
+            f'method = "{recipe.method}" shares scales among elements that would be on different devices; nearest: '
+            'method = "lora", precision.weights = "bf16"'
+        )
+    if recipe.precision.compute == "fp16":
+        raise RecipeError(
+            "FP16's loss scale must be the same on all devices, and each would choose its own; nearest: "
+            'precision.weights = "bf16", precision.compute = "bf16"'
         )
 
 

@@ -5,7 +5,7 @@ that stay gathered from forward to their backward, HSDP the same on a mesh of tw
 across). A block is what transformers checkpoints; the rest (embedding, head, last norm) is gathered for the whole step.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 

@@ -1,8 +1,6 @@
 """Sharded recipes rehearsed in one process against two and four real gloo processes.
 
-gloo's threads sometimes hold the last buffer of a collective for a moment after it is done, which puts up to one block
-of parameters on top of one step's peak, now of one rank and now of another. So the ranks wait for them, and a rank's
-peak is the lowest of those of its steps after the first; all other allocations are the same in each.
+gloo's own scratch memory is not counted (the workers keep it apart): NCCL's is not in the allocator either.
 """
 
 import json
@@ -59,7 +57,7 @@ class Real:
     @property
     def peak_bytes(self) -> int:
         """Of the busiest rank."""
-        return max(min(answer["peaks"][1:]) for answer in self.answers)
+        return max(max(answer["peaks"]) for answer in self.answers)
 
 
 def small() -> ModelSpec:
