@@ -6,9 +6,9 @@ Not a test: `run_ranks` starts it. Arguments: cases, and the place of the answer
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from brim.training.processes import RENDEZVOUS
 from brim.training.ranks import joined_ranks
 from brim.training.step import train_step
 
-STEPS = 4
+STEPS = 6
 
 
 def keep_gloo_apart() -> None:
@@ -33,19 +33,19 @@ def keep_gloo_apart() -> None:
     gloo copies what it reduces and frees the copy in a thread of its own, where the profiler does not see it: watched
     halfway, its scratch memory would seem to grow from step to step.
     """
-    apart = ThreadPoolExecutor(1)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
-        setattr(dist, name, _apart(getattr(dist, name), apart))
+        setattr(dist, name, _apart(getattr(dist, name)))
 
 
-def _apart(collective: Callable[..., Any], apart: ThreadPoolExecutor) -> Callable[..., Any]:
-    def until_released(*args: Any, **kwargs: Any) -> Any:
+def _apart(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def until_released(*args: Any, **kwargs: Any) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         before = [_holders(tensor) for tensor in tensors]
-        work = apart.submit(collective, *args, **kwargs).result()
+        thread = threading.Thread(target=collective, args=args, kwargs=kwargs)
+        thread.start()
+        thread.join()
         while any(_holders(tensor) > count for tensor, count in zip(tensors, before, strict=True)):
             time.sleep(0.0005)
-        return work
 
     return until_released
 
