@@ -1,9 +1,9 @@
 """Sharded recipes rehearsed in one process against two and four real gloo processes.
 
 gloo's own scratch memory is not counted (the workers keep it apart): NCCL's is not in the allocator either. Yet now and
-then gloo's threads are the last to hold a buffer, and the profiler does not see them free it: it seems to stay, on some
-rank, from some step on. That only ever adds. So a run's peak is the lowest of all steps after the first and of all
-ranks, whose shares are equal here: every dimension that is divided is even.
+then gloo's threads are the last to hold a buffer, and the profiler does not see them free it. That only ever adds to a
+step. So a run's peak is the lowest of all steps after the first and of all ranks, whose shares are equal here: every
+dimension that is divided is even.
 """
 
 import json
