@@ -191,8 +191,9 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
     ("key", "value", "nearest"),
     [
         ("memory.offload", "all", "memory.offload = none"),
-        ("parallel.nodes", 2, "parallel.nodes = 1"),
-        ("parallel.sharding", "zero3", "parallel.sharding = none"),
+        ("parallel.pipeline", 2, "parallel.pipeline = 1"),
+        ("parallel.tensor", 2, "parallel.tensor = 1"),
+        ("parallel.sharding", "ddp", "parallel.sharding = zero3"),
     ],
 )
 def test_what_cannot_run_names_the_nearest_that_can(key: str, value: object, nearest: str) -> None:
@@ -201,6 +202,31 @@ def test_what_cannot_run_names_the_nearest_that_can(key: str, value: object, nea
         Recipe.from_dict({"model": MODEL} | nested(key, value))
     setting, _, text = nearest.partition(" = ")
     Recipe(model=MODEL).with_settings([f"{setting}={text}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        (("parallel.sharding=none",), ("parallel.sharding=zero3",)),
+        (("parallel.sharding=hsdp",), ("parallel.sharding=zero3",)),
+        (("optimizer.name=adafactor",), ("optimizer.name=adamw",)),
+        (("method=qlora", "precision.weights=nf4"), ("method=lora", "precision.weights=bf16")),
+        (
+            ("precision.weights=fp16", "precision.compute=fp16", "precision.master=fp32"),
+            ("precision.weights=bf16", "precision.compute=bf16"),
+        ),
+        (("optimizer.in_backward=true", "optimizer.max_grad_norm=0"), ("optimizer.in_backward=false",)),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(settings: tuple[str, ...], nearest: tuple[str, ...]) -> None:
+    """Over two devices, what needs whole tensors is refused; what the refusal names is accepted in its place."""
+    two = ("parallel.devices_per_node=2", "parallel.sharding=zero3")
+    with pytest.raises(RecipeError) as refused:
+        Recipe(model=MODEL).with_settings([*two, *settings])
+    for setting in nearest:
+        key, _, value = setting.partition("=")
+        assert f"{key} = {value}" in str(refused.value).replace('"', "")
+    assert Recipe(model=MODEL).with_settings([*two, *settings, *nearest]).parallel.data_ranks == 2
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,7 @@ def command(
         micro_batch_size=micro_batch_size,
         settings=[*(settings or []), *steps],
     )
-    if recipe.parallel.devices > 1:
-        raise UsageError(
-            f"the recipe has {recipe.parallel.devices} devices, and brim tune runs on one so far: see what it would "
-            "take with brim predict, or set parallel.nodes=1, parallel.devices_per_node=1, parallel.sharding=none"
-        )
+    refuse_many(recipe)
     target = output or Path("runs") / f"{Path(recipe.model).name}-{recipe.method}"
     cap = None if memory is None else units.parse_bytes(memory)
     from brim.models.quiet import quiet_transformers
@@ -124,6 +120,15 @@ def _draw(plot: Path | None, report: RunReport, *, budget_bytes: int | None) -> 
         bars={"predicted": report.predicted.ledger, "measured": report.measured.ledger},
         budget_bytes=budget_bytes,
     )
+
+
+def refuse_many(recipe: Recipe) -> None:
+    """Raises UsageError for a recipe of several devices, which is rehearsed but not run from here."""
+    if recipe.parallel.devices > 1:
+        raise UsageError(
+            f"the recipe has {recipe.parallel.devices} devices, and brim tune runs on one: see what it would take with "
+            "brim predict, or set parallel.nodes=1, parallel.devices_per_node=1, parallel.sharding=none"
+        )
 
 
 def check_place(target: Path, *, resume: bool) -> None:
