@@ -21,8 +21,8 @@ from brim.models import ModelSpec
 from brim.recipe import Recipe, Writing
 from brim.report import Inference, Ledger, Peak, Prediction
 from brim.speed import step_time, writing_time
-from brim.speed.bands import OPERATORS, roofline_basis, time_range
-from brim.speed.operators import OperatorMeter
+from brim.speed.bands import GPU_OPERATORS, OPERATORS, roofline_basis, time_range
+from brim.speed.operators import OperatorMeter, StepWork, gpu_seconds
 from brim.training.adapters import add_lora
 from brim.training.batches import synthetic_batch
 from brim.training.build import base_model, build
@@ -43,12 +43,9 @@ def rehearse(
 
     `risk`: the share of published runs that may lie above the upper bound of a GPU's peak.
     """
-    meter = None if device.operators is None else OperatorMeter()
+    meter = OperatorMeter()
     peak, ledger = peak_on(device, rehearse_trace(spec, recipe, device=device, operators=meter))
-    if meter is None or device.operators is None:
-        seconds, basis = step_time(spec, recipe, device), roofline_basis(device)
-    else:
-        seconds, basis = meter.work.seconds(device.operators), OPERATORS
+    seconds, basis = _step_time(spec, recipe, device, meter.work)
     return Prediction(
         model=spec.name,
         recipe=recipe.to_dict(),
@@ -64,6 +61,15 @@ def rehearse(
         error_band=ERROR_BAND if device.kind == "cpu" else gpu_band(recipe, risk=risk),
         reasons=tuple(recipe.warnings()),
     )
+
+
+def _step_time(spec: ModelSpec, recipe: Recipe, device: Device, work: StepWork) -> tuple[float, str]:
+    """Seconds of an optimizer step, and what they were told from."""
+    if device.kind == "cuda":
+        return gpu_seconds(work, spec, recipe, device), GPU_OPERATORS
+    if device.operators is None:
+        return step_time(spec, recipe, device), roofline_basis(device)
+    return work.seconds(device.operators), OPERATORS
 
 
 def peak_on(device: Device, trace: Trace) -> tuple[Peak, Ledger]:

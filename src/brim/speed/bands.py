@@ -18,6 +18,8 @@ OPERATORS = "cpu-operators"
 """The rehearsal's operators at the rates of a calibrated processor."""
 CPU_ROOFLINE = "cpu-roofline"
 """One peak and one bandwidth."""
+GPU_OPERATORS = "gpu-operators"
+"""The rehearsal's operators at published rates of products and the maker's bandwidth."""
 GPU_ROOFLINE = "gpu-roofline"
 FEWEST_RUNS = 3
 """Own runs that replace the shipped errors."""

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from brim.hardware import Device
 from brim.hardware.operator_rates import Attention, Format, OperatorRates, Pass, Product, product_shape
+from brim.models import ModelSpec
+from brim.recipe import Recipe
+from brim.speed.roofline import attention_flops
 
 _aten = torch.ops.aten
 _FUNCTIONS = (
@@ -52,6 +56,18 @@ class StepWork:
         for (kind, number_format, largest), nbytes in self.passes.items():
             total += rates.pass_s(nbytes, largest=largest, kind=kind, number_format=number_format)
         return total
+
+
+def gpu_seconds(work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device) -> float:
+    """On an accelerator, where nothing was calibrated: products at the best published rate, bytes at the bandwidth.
+
+    Fused attention hides its products inside a kernel: they are counted by the closed form, all scores at the products'
+    rate (a causal mask hides half of them; FlashAttention-2, arXiv:2307.08691, reports at most 63 % of the peak for the
+    backward of the other half). Ignored: launching, which rules models too small to keep the device busy.
+    """
+    seconds = attention_flops(spec, recipe) / device.flops["bf16" if recipe.precision.compute != "fp32" else "fp32"]
+    seconds += sum(flops / device.flops[number_format] for (_, number_format), flops in work.products.items())
+    return seconds + sum(work.passes.values()) / device.bandwidth_bytes_per_s
 
 
 class OperatorMeter:

@@ -60,6 +60,23 @@ def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
     )
 
 
+def attention_flops(spec: ModelSpec, recipe: Recipe) -> float:
+    """Of an optimizer step's attention, all scores, where a fused kernel hides its products; 0 where none does.
+
+    By the config alone for a family without a row: every block attends over its row.
+    """
+    if recipe.memory.attention == "eager":
+        return 0.0
+    passes = 3 + (recipe.memory.activation_checkpointing != "none")
+    if closed_form_knows(spec, recipe):
+        t = kept.terms(anatomy(spec), recipe)
+        once = sum(stack.num_blocks * _attention_flops(stack.block, stack.row, t) for stack in t.parts.stacks)
+    else:
+        scores = recipe.micro_batch_size * recipe.seq_len**2
+        once = spec.num_layers * 4 * scores * spec.num_heads * spec.head_dim
+    return float(recipe.grad_accumulation * passes * once)
+
+
 def _rough_work(spec: ModelSpec, recipe: Recipe) -> Work:
     """By the number of parameters alone (6 N D, experts not spared), for a family without a row in `memory.anatomy`."""
     trained = trained_parameters(spec, recipe)
