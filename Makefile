@@ -30,11 +30,12 @@ exactness: $(READY)
 	$(PY) benchmarks/exactness.py
 
 # Predictions against peaks that others published: ROWS another file of the same columns, OUT the summary as JSON;
-# then step times of ten recipes run for real here (BUSY=1: on a machine that does other work).
+# then step times against published throughput, and of ten recipes run for real here (BUSY=1: on a machine that does other work).
 # DOCS=1 rewrites docs/accuracy.md, LEARN=1 the errors that prediction bands come from.
 accuracy: $(READY)
 	$(PY) -W ignore -m benchmarks.accuracy $(if $(ROWS),--rows $(ROWS)) $(if $(OUT),--out $(OUT)) \
 	  $(if $(DOCS),--docs docs/accuracy.md) $(if $(LEARN),--learn src/brim/memory/data/gpu_errors.csv)
+	$(PY) -W ignore -m benchmarks.throughput $(if $(LEARN),--learn)
 	$(PY) -W ignore -m benchmarks.step_time $(if $(BUSY),--busy) $(if $(LEARN),--learn)
 
 # Pin what is installed now, after trying new versions (CONTRIBUTING.md).

@@ -9,11 +9,13 @@ from brim import units
 from brim.cli import console, options, picture
 from brim.errors import UsageError
 from brim.hardware import Device
+from brim.hardware.catalogue import lookup
 from brim.memory.bands import DEFAULT_RISK
 from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Prediction
 from brim.speed.bands import CPU_ROOFLINE
+from brim.speed.cost import Cost, cost
 
 
 def command(
@@ -31,6 +33,9 @@ def command(
     ] = False,
     new_tokens: Annotated[int, typer.Option(min=1, help="With --inference: tokens written after each row.")] = 128,
     quick: Annotated[bool, typer.Option("--quick", help="Closed form instead of a rehearsal: no torch.")] = False,
+    tokens: Annotated[
+        str | None, typer.Option(help="Hours, price and energy of a run over so many, as 1B.", show_default=False)
+    ] = None,
     plot: picture.Plot = None,
     json: options.Json = False,
 ) -> int:
@@ -46,6 +51,7 @@ def command(
         settings=settings,
         new_tokens=new_tokens if inference else 0,
     )
+    num_tokens = None if tokens is None else units.parse_count(tokens, what="--tokens")
     cap = None if memory is None else units.parse_bytes(memory)
     found = options.device_of(device, gpu, cap, quick=quick)
     budget = options.budget_of(found, cap)
@@ -59,11 +65,35 @@ def command(
         bars={"predicted": prediction.ledger},
         budget_bytes=None if cap is None else prediction.budget_bytes,
     )
+    taken = None if num_tokens is None else _cost(spec, recipe, found, prediction, num_tokens)
     if json:
-        console.print_json(prediction.to_dict())
+        console.print_json(prediction.to_dict() | ({} if taken is None else {"cost": taken.to_dict()}))
     else:
         show(prediction)
+        if taken is not None:
+            console.out.print(_cost_line(taken), markup=False, soft_wrap=True)
     return 0
+
+
+def _cost(spec: ModelSpec, recipe: Recipe, device: Device, prediction: Prediction, tokens: int) -> Cost:
+    return cost(
+        spec,
+        recipe,
+        device,
+        tokens=tokens,
+        step_time_s=prediction.step_time_s,
+        step_time_range_s=prediction.step_time_range_s,
+        row=lookup(device.name),
+    )
+
+
+def _cost_line(taken: Cost) -> str:
+    hours = f"{units.format_count(taken.tokens)} tokens: {units.format_duration(3600 * taken.hours)}"
+    if taken.hours_range is not None:
+        hours += " ({} to {})".format(*(units.format_duration(3600 * end) for end in taken.hours_range))
+    price = "price not known" if taken.price_usd is None else f"${taken.price_usd:,.2f}"
+    energy = "" if taken.energy_kwh is None else f", {taken.energy_kwh:,.1f} kWh at the power limit"
+    return f"{hours}, {price}{energy}; {taken.utilization:.0%} of the peak used"
 
 
 def _estimated(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: int) -> Prediction:
