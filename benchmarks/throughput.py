@@ -30,8 +30,12 @@ Told = dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--learn", action="store_true", help="write the errors that ranges come from")
+    parser.add_argument("--only", nargs="+", metavar="ID", help="these rows alone, and those that ran the same")
     options = parser.parse_args()
     rows, missing = _rows()
+    if options.only:
+        wanted = {_key(case) for name, case, _ in rows if name in options.only}
+        rows = [row for row in rows if _key(row[1]) in wanted]
     distinct = {_key(case): case for _, case, _ in rows}
     with ProcessPoolExecutor(_PROCESSES) as pool:
         told = dict(zip(distinct, pool.map(_told, distinct.values()), strict=True))
