@@ -1,6 +1,7 @@
 """qlora: the base stays packed and as it is, the adapters learn, and PEFT and bitsandbytes agree."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,15 @@ def test_adapters_learn_beside_a_base_that_stays(
         assert torch.equal(tensor, before[name]) != ("lora_" in name), name
 
 
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "t5"])
 def test_loaded_and_random_bases_hold_the_same_tensors(
-    family: str, format: str, make_recipe: MakeRecipe, make_workload: MakeWorkload
+    family: str, format: str, compute: Any, make_recipe: MakeRecipe, make_workload: MakeWorkload
 ) -> None:
     """Name, shape and dtype of all that lives: what is rehearsed on random weights is what is loaded."""
-    recipe = make_recipe(family, method="qlora", precision=FORMATS[format])
+    precision = replace(FORMATS[format], compute=compute)
+    recipe = make_recipe(family, method="qlora", precision=precision)
     assert tensors_of(make_workload(recipe)) == tensors_of(build(recipe, describe(recipe.model)))
 
 
