@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from brim import units
-from brim.cli import console
+from brim.cli import console, picture
 from brim.cli.options import Json
 from brim.errors import UsageError
 from brim.report import SCHEMA
@@ -42,6 +42,10 @@ def command(
     audit_only: Annotated[
         bool, typer.Option("--audit", help="Only say what it would cost, tensor by tensor; write nothing.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw what each tensor lost, by layer: FILE.svg or FILE.png.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """A smaller checkpoint: FP16, BF16, or INT8, INT4 or FP8 linear weights."""
@@ -57,6 +61,7 @@ def command(
         raise UsageError(f"cannot quantize to {to!r}; formats: {', '.join(known)}")
     if audit_only and (output or resume):
         raise UsageError("--audit writes nothing; leave --output and --resume out, or leave --audit out")
+    picture.check(plot)
     spec = describe(model)
     place = output or Path(f"{_short_name(model)}-{target}")
     shared = None if granularity is None else parse_granularity(granularity)
@@ -74,6 +79,7 @@ def command(
                 source, place, to=target, granularity=shared, memory_bytes=memory_bytes, resume=resume, progress=listen
             )
     seconds = time.perf_counter() - started
+    _draw(plot, report)
     if json:
         console.print_json(_to_dict(report, model, None if audit_only else place, seconds))
         return
@@ -84,6 +90,15 @@ def command(
     duration = units.format_duration(seconds)
     console.out.print(f"\nwritten to {place} in {duration}; every tensor: quantization_report.json", markup=False)
     console.note(f"compare: brim evaluate {place} --baseline {model}")
+
+
+def _draw(path: Path | None, report: "QuantizationReport") -> None:
+    if path is None:
+        return
+    from brim.checkpoints.picture import draw_report
+
+    with picture.whole(path) as partial:
+        draw_report(partial, report)
 
 
 def _short_name(model: str) -> str:

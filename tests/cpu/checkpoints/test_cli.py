@@ -184,3 +184,14 @@ def test_the_audit_sees_what_is_odd(tiny: Maker, tmp_path: Path) -> None:
         embedding = tensors["model.embed_tokens.weight"].double().numpy()
         assert kept.largest == abs(embedding).max()
         assert kept.outlier_ratio == pytest.approx(abs(embedding).max() / (embedding**2).mean() ** 0.5, rel=1e-5)
+
+
+def test_a_picture_shows_every_tensor(tiny: Maker, tmp_path: Path, capsys: Captured) -> None:
+    """`--plot` draws each kind of converted tensor by name; a picture of another kind is refused beforehand."""
+    source = str(tiny("untied"))
+    assert main(["quantize", source, "--to", "int8", "--audit", "--plot", str(tmp_path / "losses.svg")]) == 0
+    drawn = (tmp_path / "losses.svg").read_text()
+    for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        assert kind in drawn
+    assert main(["quantize", source, "--to", "int8", "--audit", "--plot", str(tmp_path / "losses.gif")]) == 2
+    assert "pictures are .svg or .png" in capsys.readouterr().err
