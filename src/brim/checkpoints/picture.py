@@ -23,7 +23,6 @@ def draw_report(path: Path, report: QuantizationReport) -> None:
     errors.set_ylabel("signal to noise in dB (more is better)")
     errors.set_title(f"{report.model} to {report.to}: what each tensor lost")
     outliers.set_ylabel("largest element / root mean square")
-    outliers.set_yscale("log")
     outliers.set_xlabel("layer")
     for axes in (errors, outliers):
         axes.grid(alpha=0.3)
