@@ -15,6 +15,7 @@ from brim.report import SCHEMA
 
 if TYPE_CHECKING:
     from brim.checkpoints.audit import QuantizationReport
+    from brim.checkpoints.job import Target
 
 WORST = 5
 _Granularity = Annotated[
@@ -55,10 +56,7 @@ def command(
     from brim.models.weights import local_directory
     from brim.numerics.granularity import parse_granularity
 
-    known: tuple[Target, ...] = get_args(Target)
-    target = next((name for name in known if name == to.lower()), None)
-    if target is None:
-        raise UsageError(f"cannot quantize to {to!r}; formats: {', '.join(known)}")
+    target = _target(to, get_args(Target))
     if audit_only and (output or resume):
         raise UsageError("--audit writes nothing; leave --output and --resume out, or leave --audit out")
     picture.check(plot)
@@ -90,6 +88,13 @@ def command(
     duration = units.format_duration(seconds)
     console.out.print(f"\nwritten to {place} in {duration}; every tensor: quantization_report.json", markup=False)
     console.note(f"compare: brim evaluate {place} --baseline {model}")
+
+
+def _target(text: str, known: "tuple[Target, ...]") -> "Target":
+    target = next((name for name in known if name == text.lower()), None)
+    if target is None:
+        raise UsageError(f"cannot quantize to {text!r}; formats: {', '.join(known)}")
+    return target
 
 
 def _draw(path: Path | None, report: "QuantizationReport") -> None:
