@@ -134,7 +134,7 @@ def _writing(row: Row) -> Writing | None:
 
 def _task(row: Row) -> list[str]:
     if "sequence classification" in row["method"]:
-        raise Missing("task: sequence classification")
+        return ["task=sequence-classification"]
     return []
 
 
@@ -151,9 +151,10 @@ def _quantization(row: Row) -> list[str]:
 
 
 def _method(row: Row) -> list[str]:
-    if row["method"] not in ("full", "lora"):
+    method = row["method"].split(" (")[0]
+    if method not in ("full", "lora"):
         raise Missing(f"method: {row['method']}")
-    if row["method"] == "full":
+    if method == "full":
         return ["method=full"]
     names = json.dumps(_targets(row))
     adapters = "weights" if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") else "fp32"
@@ -189,6 +190,8 @@ def _precision(row: Row) -> list[str]:
 
 
 def _optimizer(row: Row) -> list[str]:
+    if row["optimizer"] == "Adafactor":
+        return ["optimizer.name=adafactor"]
     if not re.match(r"adamw($| \((torch|adamw_torch|HF Trainer|swift))", row["optimizer"], flags=re.IGNORECASE):
         raise Missing(f"optimizer: {row['optimizer']}")
     return ["library.adamw=foreach"]
@@ -220,6 +223,8 @@ def _loss(row: Row) -> list[str]:
         return ["memory.loss=chunked"]
     if text.startswith("fused linear CE"):
         return ["memory.loss=chunked", "library.norm=fused"]
+    if "sequence classification" in row["method"]:
+        return []
     loss = f"library.loss={_transformers_of(row)}"
     if text.startswith("fast CE"):
         return [loss, "library.cross_entropy=in-place", "library.norm=fused"]
