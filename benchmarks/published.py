@@ -28,6 +28,9 @@ _SAME_ARCHITECTURE = {
     "meta-llama/Meta-Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
     "meta-llama/Llama-3.2-3B-Instruct": "meta-llama/Llama-3.2-3B",
     "mistralai/Mixtral-8x7B-Instruct-v0.1": "mistralai/Mixtral-8x7B-v0.1",
+    "TheBloke/Mistral-7B-v0.1-GPTQ": "mistralai/Mistral-7B-v0.1",
+    "TheBloke/Mixtral-8x7B-Instruct-v0.1-GPTQ": "mistralai/Mixtral-8x7B-v0.1",
+    "TheBloke/Llama-2-70B-GPTQ": "meta-llama/Llama-2-70b-hf",
     "01-ai/Yi-34B-Chat": "01-ai/Yi-34B",
 }
 _DEVICES = {"": "a100", "A100": "a100", "H100 96GB (HBM2e)": "h100", "V100-SXM2-16GB": "v100"}
@@ -144,21 +147,41 @@ def _parallel(row: Row) -> list[str]:
     return []
 
 
+_BASES = {
+    "bnb-nf4": ["precision.weights=nf4"],
+    "bnb-int4": ["precision.weights=nf4"],  # the library's default type of 4 bits takes as much
+    "bnb.nf4": ["precision.weights=nf4", "precision.double_quant=false"],
+    "bnb.nf4-dq": ["precision.weights=nf4"],
+    "torchao-nf4": ["precision.weights=nf4"],
+    "gptq-int4": ["precision.weights=int4"],
+    "gptq-int8": ["precision.weights=int8"],
+}
+
+
 def _quantization(row: Row) -> list[str]:
-    if row["quant"] not in ("none", ""):
+    """What else a packed base's library does: casts, and whether the scales of blocks are packed, too."""
+    if row["quant"] in ("none", ""):
+        return []
+    if row["quant"] not in _BASES:
         raise Missing(f"quantized base: {row['quant']}")
-    return []
+    settings = _BASES[row["quant"]]
+    if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") and row["quant"] == "bnb-nf4":
+        settings = _BASES["bnb.nf4"]
+    # TRL prepares the model, unless it is sharded; fms-acceleration's own plugins cast nothing.
+    if "framework_config=baseline-peft-bnb" in row["notes"] and row["parallelism"] == "none":
+        return [*settings, "library.frozen=fp32-norms"]
+    return settings
 
 
 def _method(row: Row) -> list[str]:
     method = row["method"].split(" (")[0]
-    if method not in ("full", "lora"):
+    if method not in ("full", "lora", "qlora"):
         raise Missing(f"method: {row['method']}")
     if method == "full":
         return ["method=full"]
     names = json.dumps(_targets(row))
     adapters = "weights" if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") else "fp32"
-    return ["method=lora", f"lora.rank={row['lora_rank']}", f"lora.targets={names}", f"library.adapters={adapters}"]
+    return [f"method={method}", f"lora.rank={row['lora_rank']}", f"lora.targets={names}", f"library.adapters={adapters}"]
 
 
 def _targets(row: Row) -> list[str]:
@@ -182,8 +205,10 @@ def _targets(row: Row) -> list[str]:
 
 def _precision(row: Row) -> list[str]:
     """FP16 takes BF16's bytes; loss scaling adds a scalar."""
-    weights = {"bf16": "bf16", "fp16": "bf16", "fp32": "fp32"}.get(row["weight_dtype"].casefold())
     half = re.match(r"(bf16|fp16)", row["compute_dtype"].casefold()) is not None
+    if row["quant"] not in ("none", "") and half:
+        return ["precision.compute=bf16"]
+    weights = {"bf16": "bf16", "fp16": "bf16", "fp32": "fp32"}.get(row["weight_dtype"].casefold())
     if weights is None or not (half or row["compute_dtype"].casefold() == "fp32"):
         raise Missing(f"precision: {row['weight_dtype']} weights, {row['compute_dtype']} compute")
     return [f"precision.weights={weights}", f"precision.compute={'bf16' if half else 'fp32'}"]
@@ -192,7 +217,8 @@ def _precision(row: Row) -> list[str]:
 def _optimizer(row: Row) -> list[str]:
     if row["optimizer"] == "Adafactor":
         return ["optimizer.name=adafactor"]
-    if not re.match(r"adamw($| \((torch|adamw_torch|HF Trainer|swift))", row["optimizer"], flags=re.IGNORECASE):
+    # bitsandbytes' paged AdamW keeps states of 32 bits, outside PyTorch's allocator where a matrix is large
+    if not re.match(r"(paged)?adamw($| \((torch|adamw_torch|HF Trainer|swift|bnb))", row["optimizer"], re.IGNORECASE):
         raise Missing(f"optimizer: {row['optimizer']}")
     return ["library.adamw=foreach"]
 
