@@ -36,12 +36,22 @@ _SAME_ARCHITECTURE = {
 _DEVICES = {"": "a100", "A100": "a100", "H100 96GB (HBM2e)": "h100", "V100-SXM2-16GB": "v100"}
 _PROJECTIONS = {
     "llama": {"q": ["q_proj"], "k": ["k_proj"], "v": ["v_proj"], "o": ["o_proj"], "output_proj": ["o_proj"],
-              "mlp": ["gate_proj", "up_proj", "down_proj"], "up": ["up_proj"], "down": ["down_proj"]},
+              "mlp": ["gate_proj", "up_proj", "down_proj"], "up": ["up_proj"], "down": ["down_proj"],
+              "c": []},  # c_attn, which these have not: PEFT passes over it
     # litgpt adapts parts of a fused matrix; transformers' Falcon has one matrix for q, k and v
     "falcon": {"q": ["query_key_value"], "k": ["query_key_value"], "v": ["query_key_value"], "o": ["dense"]},
+    "gpt_bigcode": {"q": [], "k": [], "v": [], "o": [], "c": ["c_attn"]},
     "qwen": {"c_attn": ["q_proj", "k_proj", "v_proj"], "c_proj": ["o_proj", "down_proj"], "w1": ["up_proj"],
              "w2": ["gate_proj"]},
 }  # fmt: skip
+
+
+_DROPOUT = {
+    # config_hub's and the script's own default; nothing is sampled, any rate takes as much
+    "Lightning-AI/litgpt": 0.05,
+    # scenarios.yaml and scenarios-granite.yaml
+    "foundation-model-stack/fms-acceleration": 0.1,
+}
 
 
 class Missing(Exception):
@@ -90,6 +100,9 @@ def case_of(row: Row) -> Case:
     if row["attention"].startswith("flash"):
         # FlashAttention takes a window as a number; without this a mask is built for torch's own kernels
         spec = replace(spec, config={**spec.config, "sliding_window": None})
+    if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt"):
+        # its one model class (litgpt/model.py) gives every model a head of its own
+        spec = replace(spec, config={**spec.config, "tie_word_embeddings": False}, tied_head=False)
     try:
         recipe = Recipe(model=row["model"]).with_settings(settings)
     except BrimError as error:
@@ -181,7 +194,8 @@ def _method(row: Row) -> list[str]:
         return ["method=full"]
     names = json.dumps(_targets(row))
     adapters = "weights" if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") else "fp32"
-    return [f"method={method}", f"lora.rank={row['lora_rank']}", f"lora.targets={names}", f"library.adapters={adapters}"]
+    dropout = _DROPOUT.get(row["source_repo_or_paper"].split("@")[0], 0.0)
+    return [f"method={method}", f"lora.dropout={dropout}", f"lora.rank={row['lora_rank']}", f"lora.targets={names}", f"library.adapters={adapters}"]
 
 
 def _targets(row: Row) -> list[str]:
@@ -190,6 +204,8 @@ def _targets(row: Row) -> list[str]:
         family = "falcon"
     if row["model"].startswith("Qwen/Qwen-"):
         family = "qwen"
+    if "bigcode" in row["model"]:
+        family = "gpt_bigcode"
     if text.startswith("DEFAULT (qkv"):
         text = {"qwen": "c_attn"}.get(family, "q+k+v")
     if text.startswith(("all linear", "ALL")):

@@ -13,7 +13,7 @@ from brim.memory.closed_form import ERROR_BAND, closed_form, tokens_of_chunk
 from brim.memory.measured import CpuMeter
 from brim.models import ModelSpec
 from brim.models.skeleton import skeleton
-from brim.recipe import Memory, Optimizer, Precision, Qat, Recipe, Training
+from brim.recipe import Lora, Memory, Optimizer, Precision, Qat, Recipe, Training
 from brim.training.batches import synthetic_batch
 from brim.training.build import build
 from brim.training.step import train_step
@@ -66,6 +66,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "memory": Memory(activation_checkpointing="full"),
         "optimizer": Optimizer(name="adamw8bit"),
     },
+    "lora bf16, dropout": {"method": "lora", "lora": Lora(dropout=0.05)},
     "lora bf16, chunked": {"method": "lora", "memory": Memory(loss="chunked")},
     "qat, checkpointed": {
         "method": "qat",

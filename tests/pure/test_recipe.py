@@ -143,7 +143,7 @@ def test_key_outside_its_section_is_sent_there() -> None:
 
 def test_key_like_no_other_lists_the_known() -> None:
     """A key that resembles none is answered with all of the section."""
-    with pytest.raises(RecipeError, match="known: rank, alpha, targets"):
+    with pytest.raises(RecipeError, match="known: rank, alpha, dropout, targets"):
         Recipe.from_dict({"model": MODEL, "lora": {"zzzzz": 1}})
 
 

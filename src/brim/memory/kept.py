@@ -34,6 +34,7 @@ class Terms:
     rank: int
     """0 without adapters."""
     targets: tuple[str, ...]
+    adapter_dropout: bool
     eager: bool
     shares_rows: bool
     """Several examples a row: attention takes a mask, which it keeps, and with it no grouped heads."""
@@ -69,6 +70,7 @@ def terms(parts: Anatomy, recipe: Recipe) -> Terms:
         trains_base=recipe.trains_weights,
         rank=recipe.lora.rank if recipe.adapts else 0,
         targets=recipe.lora.targets,
+        adapter_dropout=recipe.adapts and recipe.lora.dropout > 0,
         eager=recipe.memory.attention == "eager",
         shares_rows=recipe.training.packing,
         packed=recipe.precision.packed,
@@ -228,5 +230,7 @@ def _scores(attention: Attention, tokens: int, keys: int, t: Terms) -> int:
 
 
 def _adapters(linears: tuple[Linear, ...], count: int, t: Terms) -> int:
-    """The narrow tensor between an adapter's two matrices."""
-    return sum(t.compute_bytes * count * t.rank for linear in linears if t.adapts(linear))
+    """The narrow tensor between an adapter's two matrices; with dropout a mask of its input, and what is left of it."""
+    dropped = 2 * t.adapter_dropout
+    adapted = (t.rank + dropped * linear.inputs for linear in linears if t.adapts(linear))
+    return t.compute_bytes * count * sum(adapted)

@@ -28,6 +28,8 @@ def check_ranges(recipe: "Recipe") -> None:
             raise RecipeError(f"{key} = {value} is out of range; the least is {least}")
     if not 0 < recipe.optimizer.learning_rate < 1:
         raise RecipeError(f"optimizer.learning_rate = {recipe.optimizer.learning_rate} is not between 0 and 1")
+    if not 0 <= recipe.lora.dropout < 1:
+        raise RecipeError(f"lora.dropout = {recipe.lora.dropout} is out of range; it is a share, from 0 to below 1")
     try:
         parse_granularity(recipe.qat.granularity)
     except UsageError as error:

@@ -72,6 +72,8 @@ class Training:
 class Lora:
     rank: int = 16
     alpha: int = 32
+    dropout: float = 0.0
+    """Share of an adapter's inputs that are zeroed in training; each adapted layer then keeps a copy and a mask."""
     targets: tuple[str, ...] = ("all-linear",)
 
 

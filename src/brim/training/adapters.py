@@ -36,6 +36,7 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
     config = LoraConfig(
         r=recipe.lora.rank,
         lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         exclude_modules=["out_proj"] if base.config.model_type in _MAMBA_FAMILIES else None,
         modules_to_save=[classifier_name(base)] if recipe.task == "sequence-classification" else None,

@@ -38,7 +38,7 @@ def generation_loss(
             logits_BTV = logits_BTV.float()
         return _shifted_logits(logits_BTV, labels_BT, cross_entropy).float(), None
 
-    def loss_function(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def loss_function(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
         if name == "transformers-4.46":
             return _shifted_logits(logits.float(), labels, cross_entropy)
         return cross_entropy(logits.float().flatten(0, 1), labels.flatten())

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from brim.recipe import Task
@@ -19,8 +20,8 @@ def inner_linears(model: PreTrainedModel, task: Task) -> Callable[[str, nn.Modul
     holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
 
     def match(_: str, module: nn.Module) -> bool:
-        # not subclasses: some read their own weight
-        if not isinstance(module, Conv1D) and type(module) is not nn.Linear:
+        # not any subclass: some read their own weight
+        if type(module) not in (nn.Linear, Conv1D, FalconLinear):
             return False
         return module not in in_head and holders[id(module.weight)] == 1
 
