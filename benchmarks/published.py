@@ -195,7 +195,13 @@ def _method(row: Row) -> list[str]:
     names = json.dumps(_targets(row))
     adapters = "weights" if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") else "fp32"
     dropout = _DROPOUT.get(row["source_repo_or_paper"].split("@")[0], 0.0)
-    return [f"method={method}", f"lora.dropout={dropout}", f"lora.rank={row['lora_rank']}", f"lora.targets={names}", f"library.adapters={adapters}"]
+    return [
+        f"method={method}",
+        f"lora.rank={row['lora_rank']}",
+        f"lora.dropout={dropout}",
+        f"lora.targets={names}",
+        f"library.adapters={adapters}",
+    ]
 
 
 def _targets(row: Row) -> list[str]:

@@ -49,9 +49,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "master": ("precision.master=fp32",),
     "lora": ("method=lora", *FP32),
     "lora, dropout": ("method=lora", "lora.dropout=0.05", *FP32),
-    "lora bf16, dropout, checkpointed": (
-        "method=lora", "lora.dropout=0.05", "memory.activation_checkpointing=full",
-    ),  # fmt: skip
+    "lora, dropout, checkpointed": ("method=lora", "lora.dropout=0.05", "memory.activation_checkpointing=full"),
     "lora bf16, master": ("method=lora", "precision.master=fp32"),
     "checkpointed": ("memory.activation_checkpointing=full", *FP32),
     "chunked": ("memory.loss=chunked", *FP32),
