@@ -3,17 +3,21 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from brim.errors import MissingPartError, UsageError
 from brim.report import Ledger
 
-_SUFFIXES = (".svg", ".png")
+if TYPE_CHECKING:
+    from brim.memory.trace import Trace
+
+_SUFFIXES = (".svg", ".png", ".html")
 
 Plot = Annotated[
-    Path | None, typer.Option(help="Write the ledger as a picture: FILE.svg or FILE.png.", show_default=False)
+    Path | None,
+    typer.Option(help="Write the ledger as a picture: FILE.svg, FILE.png or FILE.html.", show_default=False),
 ]
 
 
@@ -29,14 +33,21 @@ def check(path: Path | None) -> None:
         raise MissingPartError("--plot needs matplotlib; run: pip install 'brim[plot]'") from None
 
 
-def draw(path: Path | None, *, title: str, bars: Mapping[str, Ledger], budget_bytes: int | None = None) -> None:
-    """One bar per ledger; the file appears whole."""
+def draw(
+    path: Path | None,
+    *,
+    title: str,
+    bars: Mapping[str, Ledger],
+    budget_bytes: int | None = None,
+    trace: "Trace | None" = None,
+) -> None:
+    """One bar per ledger, and memory over time where there is a trace; the file appears whole."""
     if path is None:
         return
     from brim.memory.picture import draw_ledgers
 
     with whole(path) as partial:
-        draw_ledgers(partial, title=title, bars=bars, budget_bytes=budget_bytes)
+        draw_ledgers(partial, title=title, bars=bars, budget_bytes=budget_bytes, trace=trace)
 
 
 @contextmanager

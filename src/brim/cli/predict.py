@@ -1,6 +1,7 @@
 """`brim predict`: the ledger of exactly one recipe."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,10 +13,13 @@ from brim.hardware import Device
 from brim.hardware.catalogue import lookup
 from brim.memory.bands import DEFAULT_RISK
 from brim.models import ModelSpec
-from brim.recipe import Recipe
+from brim.recipe import Recipe, Writing
 from brim.report import Prediction
 from brim.speed.bands import CPU_ROOFLINE
 from brim.speed.cost import Cost, cost
+
+if TYPE_CHECKING:
+    from brim.memory.trace import Trace
 
 
 def command(
@@ -37,12 +41,15 @@ def command(
         str | None, typer.Option(help="Hours, price and energy of a run over so many, as 1B.", show_default=False)
     ] = None,
     plot: picture.Plot = None,
+    snapshot: Annotated[
+        Path | None, typer.Option(metavar="FILE.pickle", help="Write what PyTorch's memory_viz page opens.")
+    ] = None,
     json: options.Json = False,
 ) -> int:
     """Peak memory of one recipe, by owner."""
     picture.check(plot)
-    if inference and quick:
-        raise UsageError("--quick has no closed form of inference; leave it away")
+    if quick and (inference or snapshot is not None):
+        raise UsageError("--quick knows neither --inference nor --snapshot, which need a rehearsal; leave --quick away")
     recipe, spec = options.recipe_of(
         source,
         method=method,
@@ -59,11 +66,15 @@ def command(
         prediction = _estimated(spec, recipe, found, budget)
     else:
         prediction = _rehearsed(spec, recipe, found, budget, risk, new_tokens=new_tokens if inference else None)
+    trace = None
+    if not quick and (plot is not None or snapshot is not None):
+        trace = _trace(spec, recipe, found, snapshot, new_tokens=new_tokens if inference else None)
     picture.draw(
         plot,
         title=f"{prediction.model} on {prediction.device_name}",
         bars={"predicted": prediction.ledger},
         budget_bytes=None if cap is None else prediction.budget_bytes,
+        trace=trace,
     )
     taken = None if num_tokens is None else _cost(spec, recipe, found, prediction, num_tokens)
     if json:
@@ -100,6 +111,23 @@ def _estimated(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: in
     from brim.planning.estimate import estimate
 
     return estimate(spec, recipe, device=device, budget_bytes=budget_bytes)
+
+
+def _trace(
+    spec: ModelSpec, recipe: Recipe, device: Device, snapshot: Path | None, *, new_tokens: int | None
+) -> "Trace":
+    """Rehearsed once more, as a prediction keeps no trace, which may be long; written to the snapshot's file."""
+    from brim.memory.snapshot import write_snapshot
+    from brim.rehearsal import rehearse_trace, written_trace
+
+    if new_tokens is None:
+        trace = rehearse_trace(spec, recipe, device=device)
+    else:
+        writing = Writing(batch_size=recipe.micro_batch_size, context=recipe.seq_len, new_tokens=new_tokens)
+        trace = written_trace(spec, recipe, writing, device=device).trace
+    if snapshot is not None:
+        write_snapshot(snapshot, trace)
+    return trace
 
 
 def _rehearsed(

@@ -1,6 +1,8 @@
 """Ledgers as bars beside each other: who owns the bytes at the peak. Needs matplotlib (`pip install 'brim[plot]'`)."""
 
 from collections.abc import Mapping
+from html import escape
+from io import StringIO
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -8,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from brim.memory.timeline import Timeline, timeline
+from brim.memory.trace import Trace
 from brim.report import LEDGER_LINES, Ledger
 from brim.units import GIB, format_bytes
 
@@ -25,10 +29,25 @@ _SMALLEST_NAMED = 0.001
 """Share of the peak under which a line is too thin to see, and not named."""
 
 
-def draw_ledgers(path: Path, *, title: str, bars: Mapping[str, Ledger], budget_bytes: int | None = None) -> None:
-    """Write one horizontal stacked bar per ledger to FILE.svg or FILE.png, with a line at the budget."""
-    figure = Figure(figsize=(9, 1.5 + 0.75 * len(bars)), layout="constrained")
-    axes = figure.add_subplot()
+def draw_ledgers(
+    path: Path,
+    *,
+    title: str,
+    bars: Mapping[str, Ledger],
+    budget_bytes: int | None = None,
+    trace: Trace | None = None,
+) -> None:
+    """Write one horizontal stacked bar per ledger to FILE.svg, .png or .html, with a line at the budget.
+
+    With a trace, memory over time by owner stands below.
+    """
+    height = 1.5 + 0.75 * len(bars)
+    figure = Figure(figsize=(9, height + (3.6 if trace is not None else 0)), layout="constrained")
+    if trace is None:
+        axes = figure.add_subplot()
+    else:
+        axes, below = figure.subplots(2, 1, height_ratios=(height, 4.2))
+        _draw_timeline(below, timeline(trace), budget_bytes)
     extent = round(1.04 * max(budget_bytes or 0, *(ledger.total for ledger in bars.values())))
     for row, ledger in enumerate(bars.values()):
         _draw_bar(axes, row, ledger, extent)
@@ -45,11 +64,49 @@ def draw_ledgers(path: Path, *, title: str, bars: Mapping[str, Ledger], budget_b
     axes.set_title(title, loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    handles = [Patch(color=_COLOURS[line], label=line) for line in LEDGER_LINES if _is_seen(line, bars)]
+    drawn = {line for line in LEDGER_LINES if _is_seen(line, bars)}
+    if trace is not None:
+        drawn |= {line for line, heights in timeline(trace).lines.items() if max(heights) > 0.01 * trace.peak_bytes}
+    handles = [Patch(color=_COLOURS[line], label=line) for line in LEDGER_LINES if line in drawn]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    _save(figure, path, title)
+
+
+def _save(figure: Figure, path: Path, title: str) -> None:
+    """A page is the drawing itself between two tags: it needs no network."""
     with rc_context({"svg.hashsalt": "brim"}):
-        # no date in the file: the same ledgers give the same picture
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        if path.suffix != ".html":
+            # no date in the file: the same ledgers give the same picture
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+            return
+        drawing = StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None})
+    svg = drawing.getvalue()
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+    path.write_text(f"{head}<body>{svg[svg.index('<svg') :]}</body></html>\n", encoding="utf-8")
+
+
+def _draw_timeline(axes: Axes, seen: Timeline, budget_bytes: int | None) -> None:
+    """Stacked areas in the ledger's order, the highest moment marked."""
+    heights = [[nbytes / GIB for nbytes in seen.lines[line]] for line in LEDGER_LINES]
+    axes.stackplot(seen.moments, heights, colors=[_COLOURS[line] for line in LEDGER_LINES], linewidth=0, step="post")
+    moment, peak = seen.moments[seen.peak], sum(line[seen.peak] for line in heights)
+    axes.plot([moment], [peak], marker="v", color="black", markersize=7, clip_on=False)
+    late = moment > 0.6 * seen.moments[-1]
+    axes.annotate(
+        f"peak {format_bytes(round(peak * GIB))}", (moment, peak), xytext=(-8 if late else 8, 5),
+        textcoords="offset points", ha="right" if late else "left", fontsize=9,
+    )  # fmt: skip
+    top = peak
+    if budget_bytes is not None:
+        axes.axhline(budget_bytes / GIB, color="black", linestyle="--", linewidth=1)
+        top = max(top, budget_bytes / GIB)
+    axes.set_ylim(0, 1.15 * top)
+    axes.set_xlim(0, seen.moments[-1])
+    axes.set_xlabel("allocations and frees, in order")
+    axes.set_ylabel("GiB allocated")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def _is_seen(line: str, bars: Mapping[str, Ledger]) -> bool:
