@@ -69,13 +69,7 @@ def command(
     trace = None
     if not quick and (plot is not None or snapshot is not None):
         trace = _trace(spec, recipe, found, snapshot, new_tokens=new_tokens if inference else None)
-    picture.draw(
-        plot,
-        title=f"{prediction.model} on {prediction.device_name}",
-        bars={"predicted": prediction.ledger},
-        budget_bytes=None if cap is None else prediction.budget_bytes,
-        trace=trace,
-    )
+    _draw(plot, prediction, trace, budget_bytes=None if cap is None else prediction.budget_bytes)
     taken = None if num_tokens is None else _cost(spec, recipe, found, prediction, num_tokens)
     if json:
         console.print_json(prediction.to_dict() | ({} if taken is None else {"cost": taken.to_dict()}))
@@ -84,6 +78,16 @@ def command(
         if taken is not None:
             console.out.print(_cost_line(taken), markup=False, soft_wrap=True)
     return 0
+
+
+def _draw(path: Path | None, prediction: Prediction, trace: "Trace | None", *, budget_bytes: int | None) -> None:
+    picture.draw(
+        path,
+        title=f"{prediction.model} on {prediction.device_name}",
+        bars={"predicted": prediction.ledger},
+        budget_bytes=budget_bytes,
+        trace=trace,
+    )
 
 
 def _cost(spec: ModelSpec, recipe: Recipe, device: Device, prediction: Prediction, tokens: int) -> Cost:
