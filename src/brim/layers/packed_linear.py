@@ -7,7 +7,7 @@ How this differs from bitsandbytes' Linear4bit: it can be built on meta and fake
 what it holds as plain buffers. Shapes: R outputs, K inputs.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,20 +61,32 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """In the compute format, and back in the input's."""
         bias = None if self.bias is None else self.bias.to(self.compute)
-        result: Tensor = _PackedProduct.apply(input.to(self.compute), bias, self)  # type: ignore[no-untyped-call]
-        return result.to(input.dtype)
+        return packed_product(input, bias, self, compute=self.compute)
+
+
+class Unpacks(Protocol):
+    """Whoever holds a packed weight."""
+
+    def unpacked(self) -> Tensor:
+        """weight_RK, anew."""
+
+
+def packed_product(input: Tensor, bias_R: Tensor | None, held: Unpacks, *, compute: torch.dtype) -> Tensor:
+    """input @ weight.T + bias in the compute format, and back in the input's."""
+    result: Tensor = _PackedProduct.apply(input.to(compute), bias_R, held)  # type: ignore[no-untyped-call]
+    return result.to(input.dtype)
 
 
 class _PackedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, bias_R: Tensor | None, layer: PackedLinear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(input, layer.unpacked(), bias_R)
+    def forward(ctx: Any, input: Tensor, bias_R: Tensor | None, held: Unpacks) -> Tensor:
+        ctx.packed = held
+        return F.linear(input, held.unpacked(), bias_R)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        layer: PackedLinear = ctx.layer
-        grad_input = grad @ layer.unpacked() if ctx.needs_input_grad[0] else None
+        held: Unpacks = ctx.packed
+        grad_input = grad @ held.unpacked() if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return grad_input, grad_bias, None

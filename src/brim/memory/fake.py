@@ -1,6 +1,6 @@
 """Fake tensors that take the path that real ones take.
 
-A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in seven
+A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in eight
 ways, each mended here; tests hold fake and real peaks equal for every lever and family.
 
 1. Models branch on a few small integer tensors (is anything padded? are sequences packed?): integers that are
@@ -15,6 +15,9 @@ ways, each mended here; tests hold fake and real peaks equal for every lever and
 6. Checkpointing keeps the random generator's state for each block, which no operator makes.
 7. A step reads norms and losses as numbers: to scale by them (Adafactor), to see whether FP16 has overflowed, to add
    them up (evaluation). They change no size: any number will do.
+8. Packed experts are gone through one by one, each with the tokens that are sent to it: here each gets an even share.
+   Another routing changes neither what is kept for backward nor its sum, only the temporaries of the one expert at
+   work; a test holds what all tokens at the same experts add to that expert's surplus of tokens.
 """
 
 import sys
@@ -60,6 +63,7 @@ class FakeWorld:
         self._stack.enter_context(self.meter)
         self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
         self._stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply_to_fakes))
+        self._stack.enter_context(mock.patch("brim.layers.packed_experts.routes", _even_routes))
         self._stack.enter_context(mock.patch("torch.get_rng_state", self._rng_state))
         self._stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copy_of_fake, create=True))
         self._stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", _metered_resize(self.meter)))
@@ -216,6 +220,15 @@ class AccumulateInPlace(TorchDispatchMode):
             elif held == self._unshared and args[0].dtype == args[1].dtype:
                 return args[0].add_(args[1])
         return func(*args, **(kwargs or {}))
+
+
+def _even_routes(top_k_index: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """`layers.packed_experts.routes` of a router that spreads its tokens evenly, the first experts getting the rest."""
+    _one_hot = top_k_index.new_empty(*top_k_index.shape, num_experts + 1)
+    share, rest = divmod(top_k_index.numel(), num_experts)
+    for expert in range(num_experts if share else rest):
+        place_N, token_N = top_k_index.new_empty(share + (expert < rest), 2).unbind(1)
+        yield expert, place_N, token_N
 
 
 def _called_by_autograd() -> bool:
