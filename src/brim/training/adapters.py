@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from brim.errors import RecipeError, did_you_mean
+from brim.layers.packed_experts import DOWN, GATE_UP, PackedExperts
 from brim.models import ModelSpec
 from brim.models.skeleton import DTYPES
 from brim.recipe import Recipe
@@ -29,7 +30,8 @@ _MAMBA_FAMILIES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
     """`base` with adapters in the format of its weights (an FP32 copy of them is the optimizer's `master`).
 
-    Or in FP32, where `library.adapters` says so.
+    Or in FP32, where `library.adapters` says so. Packed experts have none: PEFT adapts them as parameters, which they
+    are not; "all-linear" is then attention, the router and dense layers.
     """
     targets = recipe.lora.targets
     _check_targets(base, targets)
@@ -50,9 +52,21 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         # transformers 5.23 renames its checkpointing methods; PEFT 0.21 still calls the old ones.
         warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
         model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=recipe.library.adapters == "fp32")
+    if any(isinstance(module, PackedExperts) for module in base.modules()):
+        _forget_experts(config)
     if recipe.precision.packed and recipe.library.adapters != "fp32":
         _cast_adapters(model, DTYPES[recipe.plain_format])
     return model
+
+
+def _forget_experts(config: LoraConfig) -> None:
+    """PEFT lists experts' parameters as adapted, and finds none where they are packed: who loads the adapter beside
+    plain experts would look for theirs."""
+    parameters = (GATE_UP, DOWN)
+    config.target_parameters = [name for name in config.target_parameters or () if name not in parameters] or None
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        for name in [name for name in pattern if name.endswith(parameters)]:
+            del pattern[name]
 
 
 def _cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -103,9 +103,7 @@ def test_each_matrix_is_packed_by_itself(name: str) -> None:
 def test_experts_hold_the_bytes_of_their_matrices(name: str, dtype: torch.dtype) -> None:
     """All buffers together have the packing's own count for each expert's three matrices; there is no parameter."""
     layer = packed(library_experts("mixtral"), PACKINGS[name], dtype)
-    up, down = (
-        held_bytes(PACKINGS[name], *shape, dtype) for shape in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    )
+    up, down = (held_bytes(PACKINGS[name], *shape, dtype) for shape in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)))
     assert sum(buffer.nbytes for buffer in layer.buffers()) == EXPERTS * (2 * up + down)
     assert not list(layer.parameters())
 
@@ -126,6 +124,8 @@ def test_every_place_is_routed_once() -> None:
     """Routes are a partition of the (token, place) pairs by expert; pairs past the last expert are left out."""
     _, index, _ = routing()
     index[3, 1] = EXPERTS
-    found = {(int(t), int(p)): e for e, place, token in routes(index, EXPERTS) for t, p in zip(token, place, strict=True)}
+    found = {
+        (int(t), int(p)): e for e, place, token in routes(index, EXPERTS) for t, p in zip(token, place, strict=True)
+    }
     wanted = {(t, p): int(index[t, p]) for t in range(TOKENS) for p in range(PLACES) if index[t, p] < EXPERTS}
     assert found == wanted
