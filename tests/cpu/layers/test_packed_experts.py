@@ -114,7 +114,12 @@ def test_nothing_of_a_weights_size_is_kept_for_backward() -> None:
     hidden, index, weights = routing()
     index, weights = index[:1], weights[:1]
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, keep):
         layer(hidden[:1].requires_grad_(), index, weights)
     assert kept
     assert max(tensor.numel() for tensor in kept) <= max(INTERMEDIATE, HIDDEN)
