@@ -155,9 +155,15 @@ def _task(row: Row) -> list[str]:
 
 
 def _parallel(row: Row) -> list[str]:
-    if row["parallelism"] != "none" or row["n_gpus"] not in ("1", ""):
-        raise Missing(f"sharding: {row['parallelism'].split()[0].rstrip('0123456789')}")
-    return []
+    text = row["parallelism"]
+    if text == "none" and row["n_gpus"] in ("1", ""):
+        return []
+    plain = re.fullmatch(r"fsdp(\d+)( FULL_SHARD \(BACKWARD_PRE\)| full_shard| \(FSDP2\))?", text)
+    if plain is None:
+        raise Missing(f"sharding: {re.sub('[0-9]+', 'N', text)}")
+    if row["method"] != "full" and not row["method"].startswith("full ("):
+        raise Missing("sharding: adapters under FSDP1, where each is a unit of its own")
+    return ["parallel.sharding=zero3", f"parallel.devices_per_node={plain[1]}"]
 
 
 _BASES = {
@@ -177,6 +183,8 @@ def _quantization(row: Row) -> list[str]:
         return []
     if row["quant"] not in _BASES:
         raise Missing(f"quantized base: {row['quant']}")
+    if "Mixtral" in row["model"]:
+        raise Missing("packed experts")
     settings = _BASES[row["quant"]]
     if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") and row["quant"] == "bnb-nf4":
         settings = _BASES["bnb.nf4"]
@@ -231,6 +239,11 @@ def _precision(row: Row) -> list[str]:
     if row["quant"] not in ("none", "") and half:
         return ["precision.compute=bf16"]
     weights = {"bf16": "bf16", "fp16": "bf16", "fp32": "fp32"}.get(row["weight_dtype"].casefold())
+    # accelerate upcasts what a sharded run trains, and gathers it in 16 bits
+    if row["parallelism"] != "none" and row["method"] == "full" and "autocast" in row["compute_dtype"]:
+        weights = "fp32"
+    if row["weight_dtype"] == "fp32 (FSDP sharded)":
+        weights, half = "fp32", "bf" in row["compute_dtype"]
     if weights is None or not (half or row["compute_dtype"].casefold() == "fp32"):
         raise Missing(f"precision: {row['weight_dtype']} weights, {row['compute_dtype']} compute")
     return [f"precision.weights={weights}", f"precision.compute={'bf16' if half else 'fp32'}"]
@@ -239,6 +252,8 @@ def _precision(row: Row) -> list[str]:
 def _optimizer(row: Row) -> list[str]:
     if row["optimizer"] == "Adafactor":
         return ["optimizer.name=adafactor"]
+    if row["optimizer"] == "AdamW (fused)":
+        return []
     # bitsandbytes' paged AdamW keeps states of 32 bits, outside PyTorch's allocator where a matrix is large
     if not re.match(r"(paged)?adamw($| \((torch|adamw_torch|HF Trainer|swift|bnb))", row["optimizer"], re.IGNORECASE):
         raise Missing(f"optimizer: {row['optimizer']}")
