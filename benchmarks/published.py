@@ -183,8 +183,6 @@ def _quantization(row: Row) -> list[str]:
         return []
     if row["quant"] not in _BASES:
         raise Missing(f"quantized base: {row['quant']}")
-    if "Mixtral" in row["model"]:
-        raise Missing("packed experts")
     settings = _BASES[row["quant"]]
     if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") and row["quant"] == "bnb-nf4":
         settings = _BASES["bnb.nf4"]
