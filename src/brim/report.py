@@ -137,6 +137,35 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """One change of a recipe, and what would then be predicted."""
+
+    settings: tuple[str, ...]
+    """`key=value` each, as `--set` takes them."""
+    cost: str
+    """What it costs besides time, in words."""
+    saved_bytes: int
+    """Off the highest peak."""
+    peak_bytes: int
+    fits: bool
+    step_time_s: float
+    tokens_per_s: float
+    method: Literal["rehearsal", "closed-form"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "settings": list(self.settings),
+            "cost": self.cost,
+            "saved_bytes": self.saved_bytes,
+            "peak_bytes": self.peak_bytes,
+            "fits": self.fits,
+            "step_time_s": self.step_time_s,
+            "tokens_per_s": self.tokens_per_s,
+            "method": self.method,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Recipes ranked for a goal. The losers stay, each with its reason."""
 

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from brim import units
-from brim.cli import console, options, picture
+from brim.cli import advice, console, options, picture
 from brim.errors import UsageError
 from brim.hardware import Device
 from brim.hardware.catalogue import lookup
@@ -44,12 +44,17 @@ def command(
     snapshot: Annotated[
         Path | None, typer.Option(metavar="FILE.pickle", help="Write what PyTorch's memory_viz page opens.")
     ] = None,
+    asked: Annotated[
+        bool, typer.Option("--advice", help="What would save most: each lever pulled alone, and predicted.")
+    ] = False,
     json: options.Json = False,
 ) -> int:
     """Peak memory of one recipe, by owner."""
     picture.check(plot)
     if quick and (inference or snapshot is not None):
         raise UsageError("--quick knows neither --inference nor --snapshot, which need a rehearsal; leave --quick away")
+    if asked and inference:
+        raise UsageError("--advice is on training a recipe, and --inference is of writing; leave one of them away")
     recipe, spec = options.recipe_of(
         source,
         method=method,
@@ -71,10 +76,17 @@ def command(
         trace = _trace(spec, recipe, found, snapshot, new_tokens=new_tokens if inference else None)
     _draw(plot, prediction, trace, budget_bytes=None if cap is None else prediction.budget_bytes)
     taken = None if num_tokens is None else _cost(spec, recipe, found, prediction, num_tokens)
+    given = None
+    if asked or not (prediction.fits or inference):
+        given = advice.of(spec, recipe, prediction, found, risk, is_short=not asked)
     if json:
-        console.print_json(prediction.to_dict() | ({} if taken is None else {"cost": taken.to_dict()}))
+        with_cost = {} if taken is None else {"cost": taken.to_dict()}
+        with_advice = {} if given is None else {"advice": [one.to_dict() for one in given]}
+        console.print_json(prediction.to_dict() | with_cost | with_advice)
     else:
         show(prediction)
+        if given is not None:
+            advice.show(prediction, given, is_short=not asked)
         if taken is not None:
             console.out.print(_cost_line(taken), markup=False, soft_wrap=True)
     return 0
