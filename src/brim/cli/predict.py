@@ -1,5 +1,6 @@
 """`brim predict`: the ledger of exactly one recipe."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +15,24 @@ from brim.hardware.catalogue import lookup
 from brim.memory.bands import DEFAULT_RISK
 from brim.models import ModelSpec
 from brim.recipe import Recipe, Writing
-from brim.report import Prediction
+from brim.report import Advice, Prediction
 from brim.speed.bands import CPU_ROOFLINE
 from brim.speed.cost import Cost, cost
 
 if TYPE_CHECKING:
     from brim.memory.trace import Trace
+
+
+Inference = Annotated[
+    bool, typer.Option("--inference", help="Of reading --batch rows of --context tokens and writing on.")
+]
+Tokens = Annotated[
+    str | None, typer.Option(help="Hours, price and energy of a run over so many, as 1B.", show_default=False)
+]
+Snapshot = Annotated[
+    Path | None, typer.Option(metavar="FILE.pickle", help="Write what PyTorch's memory_viz page opens.")
+]
+Asked = Annotated[bool, typer.Option("--advice", help="What would save most: each lever pulled alone, and predicted.")]
 
 
 def command(
@@ -32,36 +45,26 @@ def command(
     seq_len: options.SeqLen = None,
     micro_batch_size: options.MicroBatchSize = None,
     settings: options.Settings = None,
-    inference: Annotated[
-        bool, typer.Option("--inference", help="Of reading --batch rows of --context tokens and writing on.")
-    ] = False,
+    inference: Inference = False,
     new_tokens: Annotated[int, typer.Option(min=1, help="With --inference: tokens written after each row.")] = 128,
     quick: Annotated[bool, typer.Option("--quick", help="Closed form instead of a rehearsal: no torch.")] = False,
-    tokens: Annotated[
-        str | None, typer.Option(help="Hours, price and energy of a run over so many, as 1B.", show_default=False)
-    ] = None,
+    tokens: Tokens = None,
     plot: picture.Plot = None,
-    snapshot: Annotated[
-        Path | None, typer.Option(metavar="FILE.pickle", help="Write what PyTorch's memory_viz page opens.")
-    ] = None,
-    asked: Annotated[
-        bool, typer.Option("--advice", help="What would save most: each lever pulled alone, and predicted.")
-    ] = False,
+    snapshot: Snapshot = None,
+    asked: Asked = False,
     json: options.Json = False,
 ) -> int:
     """Peak memory of one recipe, by owner."""
     picture.check(plot)
-    if quick and (inference or snapshot is not None):
-        raise UsageError("--quick knows neither --inference nor --snapshot, which need a rehearsal; leave --quick away")
-    if asked and inference:
-        raise UsageError("--advice is on training a recipe, and --inference is of writing; leave one of them away")
+    _check(quick=quick, inference=inference, snapshot=snapshot, asked=asked)
+    written = new_tokens if inference else None
     recipe, spec = options.recipe_of(
         source,
         method=method,
         seq_len=seq_len,
         micro_batch_size=micro_batch_size,
         settings=settings,
-        new_tokens=new_tokens if inference else 0,
+        new_tokens=written or 0,
     )
     num_tokens = None if tokens is None else units.parse_count(tokens, what="--tokens")
     cap = None if memory is None else units.parse_bytes(memory)
@@ -70,26 +73,38 @@ def command(
     if quick:
         prediction = _estimated(spec, recipe, found, budget)
     else:
-        prediction = _rehearsed(spec, recipe, found, budget, risk, new_tokens=new_tokens if inference else None)
+        prediction = _rehearsed(spec, recipe, found, budget, risk, new_tokens=written)
     trace = None
     if not quick and (plot is not None or snapshot is not None):
-        trace = _trace(spec, recipe, found, snapshot, new_tokens=new_tokens if inference else None)
+        trace = _trace(spec, recipe, found, snapshot, new_tokens=written)
     _draw(plot, prediction, trace, budget_bytes=None if cap is None else prediction.budget_bytes)
     taken = None if num_tokens is None else _cost(spec, recipe, found, prediction, num_tokens)
     given = None
     if asked or not (prediction.fits or inference):
         given = advice.of(spec, recipe, prediction, found, risk, is_short=not asked)
     if json:
-        with_cost = {} if taken is None else {"cost": taken.to_dict()}
-        with_advice = {} if given is None else {"advice": [one.to_dict() for one in given]}
-        console.print_json(prediction.to_dict() | with_cost | with_advice)
-    else:
-        show(prediction)
-        if given is not None:
-            advice.show(prediction, given, is_short=not asked)
-        if taken is not None:
-            console.out.print(_cost_line(taken), markup=False, soft_wrap=True)
+        _print_json(prediction, taken, given)
+        return 0
+    show(prediction)
+    if taken is not None:
+        console.out.print(_cost_line(taken), markup=False, soft_wrap=True)
+    if given is not None:
+        advice.show(prediction, given, is_short=not asked)
     return 0
+
+
+def _check(*, quick: bool, inference: bool, snapshot: Path | None, asked: bool) -> None:
+    """Raises UsageError for options that do not go together."""
+    if quick and (inference or snapshot is not None):
+        raise UsageError("--quick knows neither --inference nor --snapshot, which need a rehearsal; leave --quick away")
+    if asked and inference:
+        raise UsageError("--advice is on training a recipe, and --inference is of writing; leave one of them away")
+
+
+def _print_json(prediction: Prediction, taken: Cost | None, given: Sequence[Advice] | None) -> None:
+    costs = {} if taken is None else {"cost": taken.to_dict()}
+    advised = {} if given is None else {"advice": [one.to_dict() for one in given]}
+    console.print_json(prediction.to_dict() | costs | advised)
 
 
 def _draw(path: Path | None, prediction: Prediction, trace: "Trace | None", *, budget_bytes: int | None) -> None:
