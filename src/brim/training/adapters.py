@@ -31,7 +31,7 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
     """`base` with adapters in the format of its weights (an FP32 copy of them is the optimizer's `master`).
 
     Or in FP32, where `library.adapters` says so. Packed experts have none: PEFT adapts them as parameters, which they
-    are not; "all-linear" is then attention, the router and dense layers.
+    are not; "all-linear" is then attention, the router and other linear layers.
     """
     targets = recipe.lora.targets
     _check_targets(base, targets)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.integrations.moe import _default_apply_gate
 
 from brim.layers.packed_experts import DOWN, GATE_UP
@@ -27,9 +27,6 @@ def are_packable(module: nn.Module) -> bool:
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules, with their names, that hold the weights of several experts in one tensor."""
     for name, module in model.named_modules():
-        if hasattr(module, "num_experts") and any(_is_fused(tensor) for tensor in module.parameters(recurse=False)):
+        named_so = "experts" in type(module).__name__.lower() or hasattr(module, "num_experts")
+        if named_so and any(tensor.dim() == 3 for tensor in module.parameters(recurse=False)):
             yield name, module
-
-
-def _is_fused(tensor: Tensor) -> bool:
-    return tensor.dim() == 3
