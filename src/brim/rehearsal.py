@@ -16,10 +16,11 @@ from brim.memory.bands import DEFAULT_RISK, gpu_band
 from brim.memory.constants import context_bytes
 from brim.memory.cuda import cuda_kernels
 from brim.memory.fake import FakeWorld
+from brim.memory.modules import ModuleWatch, rows_at
 from brim.memory.trace import Trace
 from brim.models import ModelSpec
 from brim.recipe import Recipe, Writing
-from brim.report import Inference, Ledger, Peak, Prediction
+from brim.report import Inference, Ledger, ModuleRow, Peak, Prediction
 from brim.speed import step_time, writing_time
 from brim.speed.bands import GPU_OPERATORS, OPERATORS, roofline_basis, time_range
 from brim.speed.operators import OperatorMeter, StepWork, gpu_seconds
@@ -105,10 +106,11 @@ def rehearse_trace(
     steps: int = 2,
     device: Device | None = None,
     operators: OperatorMeter | None = None,
+    by_module: bool = False,
 ) -> Trace:
     """Every allocation and free of the build and of `steps` optimizer steps, by owner.
 
-    None as the device: a CPU. `operators` hears of the last step's operators.
+    None as the device: a CPU. `operators` hears of the last step's operators. `by_module`: blocks know their module.
     """
     synthetic = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
     with (
@@ -124,11 +126,24 @@ def rehearse_trace(
             world.meter.trace.forget_past()  # real weights are divided while they are read, and never whole
         batches = [batch.mapped(world.bring) for batch in synthetic]
         world.meter.after = operators
+        watch = ModuleWatch(world.meter, workload.base)
+        if by_module:
+            stack.enter_context(watch.watching())
+            stack.enter_context(owners.listening(watch))
         for _ in range(steps):
             if operators is not None:
                 operators.start()
             train_step(workload, batches, learning_rate=recipe.optimizer.learning_rate)
+        if by_module:
+            watch.tag_lasting(workload.optimizer.tensors_of)
         return world.meter.trace
+
+
+def rehearse_modules(spec: ModelSpec, recipe: Recipe, *, device: Device) -> tuple[ModuleRow, ...]:
+    """Bytes by module at the peak, the largest first; together the prediction's ledger. The whole model is run."""
+    trace = rehearse_trace(spec, recipe, device=device, by_module=True)
+    _, ledger, index = _peak_on(device, trace)
+    return rows_at(trace, index, ledger)
 
 
 def rehearse_inference(

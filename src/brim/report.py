@@ -137,6 +137,19 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRow:
+    """What equal modules hold at the peak, all together."""
+
+    module: str
+    """`model.layers.0-29.mlp.down_proj`; in brackets what no module holds."""
+    count: int
+    ledger: Ledger
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"module": self.module, "count": self.count, "ledger": self.ledger.to_dict()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """One change of a recipe, and what would then be predicted."""
 

@@ -8,14 +8,14 @@ import typer
 from rich.table import Table
 
 from brim import units
-from brim.cli import advice, console, options, picture
+from brim.cli import advice, console, modules, options, picture
 from brim.errors import UsageError
 from brim.hardware import Device
 from brim.hardware.catalogue import lookup
 from brim.memory.bands import DEFAULT_RISK
 from brim.models import ModelSpec
 from brim.recipe import Recipe, Writing
-from brim.report import Advice, Prediction
+from brim.report import Advice, ModuleRow, Prediction
 from brim.speed.bands import CPU_ROOFLINE
 from brim.speed.cost import Cost, cost
 
@@ -33,6 +33,8 @@ Snapshot = Annotated[
     Path | None, typer.Option(metavar="FILE.pickle", help="Write what PyTorch's memory_viz page opens.")
 ]
 Asked = Annotated[bool, typer.Option("--advice", help="What would save most: each lever pulled alone, and predicted.")]
+
+Modules = Annotated[bool, typer.Option("--modules", help="Which module holds the bytes of the peak.")]
 
 
 def command(
@@ -52,11 +54,12 @@ def command(
     plot: picture.Plot = None,
     snapshot: Snapshot = None,
     asked: Asked = False,
+    by_module: Modules = False,
     json: options.Json = False,
 ) -> int:
     """Peak memory of one recipe, by owner."""
     picture.check(plot)
-    _check(quick=quick, inference=inference, snapshot=snapshot, asked=asked)
+    _check(quick=quick, inference=inference, snapshot=snapshot, asked=asked, by_module=by_module)
     written = new_tokens if inference else None
     recipe, spec = options.recipe_of(
         source,
@@ -82,29 +85,43 @@ def command(
     given = None
     if asked or not (prediction.fits or inference):
         given = advice.of(spec, recipe, prediction, found, risk, is_short=not asked)
+    rows = _by_module(spec, recipe, found) if by_module else None
     if json:
-        _print_json(prediction, taken, given)
+        _print_json(prediction, taken, given, rows)
         return 0
     show(prediction)
     if taken is not None:
         console.out.print(_cost_line(taken), markup=False, soft_wrap=True)
+    if rows is not None:
+        modules.show(rows)
     if given is not None:
         advice.show(prediction, given, is_short=not asked)
     return 0
 
 
-def _check(*, quick: bool, inference: bool, snapshot: Path | None, asked: bool) -> None:
+def _check(*, quick: bool, inference: bool, snapshot: Path | None, asked: bool, by_module: bool) -> None:
     """Raises UsageError for options that do not go together."""
     if quick and (inference or snapshot is not None):
         raise UsageError("--quick knows neither --inference nor --snapshot, which need a rehearsal; leave --quick away")
+    if by_module and (quick or inference):
+        raise UsageError("--modules rehearses a training step: leave --quick and --inference away")
     if asked and inference:
         raise UsageError("--advice is on training a recipe, and --inference is of writing; leave one of them away")
 
 
-def _print_json(prediction: Prediction, taken: Cost | None, given: Sequence[Advice] | None) -> None:
+def _print_json(
+    prediction: Prediction, taken: Cost | None, given: Sequence[Advice] | None, rows: Sequence[ModuleRow] | None
+) -> None:
     costs = {} if taken is None else {"cost": taken.to_dict()}
     advised = {} if given is None else {"advice": [one.to_dict() for one in given]}
-    console.print_json(prediction.to_dict() | costs | advised)
+    held = {} if rows is None else {"modules": [row.to_dict() for row in rows]}
+    console.print_json(prediction.to_dict() | costs | held | advised)
+
+
+def _by_module(spec: ModelSpec, recipe: Recipe, device: Device) -> tuple[ModuleRow, ...]:
+    from brim.rehearsal import rehearse_modules
+
+    return rehearse_modules(spec, recipe, device=device)
 
 
 def _draw(path: Path | None, prediction: Prediction, trace: "Trace | None", *, budget_bytes: int | None) -> None:

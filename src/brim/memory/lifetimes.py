@@ -29,6 +29,8 @@ class LifetimeMeter(TorchDispatchMode):
         """Told each operator before it runs; None: nobody asks."""
         self.after: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
         """Told each operator, its arguments and its result after it ran; None: nobody asks."""
+        self.working: Callable[[], str] | None = None
+        """Names the module that works now; None: nobody asks."""
         self._line = "workspace"
         self._blocks: dict[int, Block] = {}
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -70,16 +72,25 @@ class LifetimeMeter(TorchDispatchMode):
         key = _key(storage)
         if key in self._blocks:
             return
-        self._blocks[key] = self.trace.allocate(storage.nbytes(), self._line)
+        self._blocks[key] = block = self.trace.allocate(storage.nbytes(), self._line)
+        if self.working is not None:
+            block.module = self.working()
         self._watches[key] = weakref.ref(storage, lambda _: self._forget(key))
+
+    def tag(self, tensor: Tensor, module: str) -> None:
+        """This tensor's storage is the module's; one that the meter has not met is nobody's."""
+        block = self._blocks.get(_key(storage_of(tensor)))
+        if block is not None:
+            block.module = module
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """This storage has another size now; its owner stays."""
         key = _key(storage)
         if key in self._blocks:
-            line = self._blocks[key].line
-            self.trace.free(self._blocks[key])
-            self._blocks[key] = self.trace.allocate(storage.nbytes(), line)
+            before = self._blocks[key]
+            self.trace.free(before)
+            self._blocks[key] = block = self.trace.allocate(storage.nbytes(), before.line)
+            block.module = before.module
 
     def _forget(self, key: int) -> None:
         del self._watches[key]

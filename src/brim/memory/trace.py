@@ -13,6 +13,8 @@ class Block:
     nbytes: int
     line: str
     """A ledger line, or a part of one: `activations/kv_cache`."""
+    module: str = ""
+    """Whose it is, where a rehearsal watches modules."""
 
 
 class Trace:

@@ -100,6 +100,14 @@ class Stepper:
             for state in optimizer.state.values():
                 yield from state.values()
 
+    def tensors_of(self, parameter: Tensor) -> Iterator[Tensor]:
+        """What lives from step to step for this parameter: its states and its master copy."""
+        for index, trained in enumerate(self._parameters):
+            if trained is parameter:
+                yield from self._masters[index : index + 1]
+                states = self._optimizers[index if self._one_by_one else 0].state
+                yield from (states.get(self._stepped(index)) or {}).values()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Name -> tensor: `INDEX.STATE`, states by torch's names (`exp_avg`, `step`), and `INDEX.master`."""
         tensors = {f"{index}.master": master.detach() for index, master in enumerate(self._masters)}
