@@ -1,9 +1,12 @@
 """Bytes by module: conserved, and where a model's own parameters say they are."""
 
+import json
 from collections import Counter
 
 import pytest
 
+from brim.cli import main
+from brim.cli.modules import show
 from brim.hardware import Device, find
 from brim.models import ModelSpec
 from brim.models.skeleton import skeleton
@@ -76,3 +79,14 @@ def test_kept_activations_are_in_the_modules_that_made_them() -> None:
     for name in ("gate_proj", "up_proj"):
         assert held[f"model.layers.0-2.mlp.{name}"].activations == _LAYERS * 4 * tokens * width
         assert held[f"model.layers.0-2.mlp.{name}.lora_A.default"].activations == _LAYERS * 4 * tokens * rank
+
+
+def test_the_command_prints_what_it_gives_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole names, whatever the terminal's width; in JSON the rows that add up to the ledger beside them."""
+    show(rehearse_modules(SPEC, RECIPE, device=CPU))
+    assert "model.layers.0-2.self_attn.q_proj x3\n" in capsys.readouterr().out
+    question = ["predict", "smollm2-135m", "--seq-len", "16", "--modules"]
+    assert main([*question, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sum(sum(row["ledger"].values()) for row in told["modules"]) == sum(told["ledger"].values())
+    assert main([*question, "--quick"]) == 2

@@ -1,8 +1,6 @@
-"""`--modules`: which module holds the bytes of the peak, as a table."""
+"""`--modules`: which module holds the bytes of the peak, as lines that no terminal cuts: a cut name names nothing."""
 
 from collections.abc import Sequence
-
-from rich.table import Table
 
 from brim.cli import console
 from brim.report import LEDGER_LINES, Ledger, ModuleRow
@@ -17,19 +15,13 @@ def show(rows: Sequence[ModuleRow]) -> None:
     """The largest rows, those that are left in one, and their total."""
     total = summed(rows)
     columns = [line for line in _COLUMNS if getattr(total, line)]
-    table = Table(title="at the peak, module by module", title_justify="left", box=None, pad_edge=False)
-    table.add_column("module", overflow="fold")
-    for column in (*columns, _REST, "total"):
-        table.add_column(column, justify="right", no_wrap=True)
+    _print([*columns, _REST, "total"], "module, at the peak")
     for row in rows[:_ROWS_SHOWN]:
-        times = f" x{row.count}" if row.count > 1 else ""
-        table.add_row(f"{row.module}{times}", *_cells(row.ledger, columns))
+        _print(_cells(row.ledger, columns), row.module + (f" x{row.count}" if row.count > 1 else ""))
     left = rows[_ROWS_SHOWN:]
     if left:
-        table.add_row(f"{len(left)} more, in --json", *_cells(summed(left), columns))
-    table.add_section()
-    table.add_row("total", *_cells(total, columns))
-    console.out.print(table, markup=False)
+        _print(_cells(summed(left), columns), f"({len(left)} more, in --json)")
+    _print(_cells(total, columns), "together")
 
 
 def summed(rows: Sequence[ModuleRow]) -> Ledger:
@@ -40,3 +32,8 @@ def summed(rows: Sequence[ModuleRow]) -> Ledger:
 def _cells(ledger: Ledger, columns: Sequence[str]) -> list[str]:
     named = [int(getattr(ledger, column)) for column in columns]
     return [format_bytes(nbytes) if nbytes else "" for nbytes in (*named, ledger.total - sum(named), ledger.total)]
+
+
+def _print(cells: Sequence[str], name: str) -> None:
+    numbers = "".join(f"{cell:>12}" for cell in cells)
+    console.out.print(f"{numbers}  {name}", markup=False, soft_wrap=True)
