@@ -1,6 +1,6 @@
 """`--plot FILE`: checked before the work starts, drawn after it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +11,8 @@ from brim.errors import MissingPartError, UsageError
 from brim.report import Ledger
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from brim.memory.trace import Trace
 
 _SUFFIXES = (".svg", ".png", ".html")
@@ -40,14 +42,15 @@ def draw(
     bars: Mapping[str, Ledger],
     budget_bytes: int | None = None,
     trace: "Trace | None" = None,
+    below: "Sequence[Callable[[Axes], None]]" = (),
 ) -> None:
-    """One bar per ledger, and memory over time where there is a trace; the file appears whole."""
+    """One bar per ledger, memory over time where there is a trace, other panels below; the file appears whole."""
     if path is None:
         return
     from brim.memory.picture import draw_ledgers
 
     with whole(path) as partial:
-        draw_ledgers(partial, title=title, bars=bars, budget_bytes=budget_bytes, trace=trace)
+        draw_ledgers(partial, title=title, bars=bars, budget_bytes=budget_bytes, trace=trace, below=below)
 
 
 @contextmanager

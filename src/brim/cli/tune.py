@@ -81,7 +81,7 @@ def command(
             )
         with show_steps(recipe) as on_step:
             report = run(job, on_step=on_step, should_stop=stop.asked_after_step)
-    _draw(plot, report, budget_bytes=None if cap is None else predicted.budget_bytes)
+    _draw(plot, report, target, budget_bytes=None if cap is None else predicted.budget_bytes)
     _conclude(report, device, target, json=json)
     return 0
 
@@ -113,12 +113,17 @@ def _conclude(report: RunReport, device: str, target: Path, *, json: bool) -> No
         console.out.print(f"written: {target}", markup=False)
 
 
-def _draw(plot: Path | None, report: RunReport, *, budget_bytes: int | None) -> None:
+def _draw(plot: Path | None, report: RunReport, target: Path, *, budget_bytes: int | None) -> None:
+    if plot is None:
+        return
+    from brim.training.picture import panels
+
     picture.draw(
         plot,
         title=f"{report.model}, {report.recipe['method']}: predicted and measured peak",
         bars={"predicted": report.predicted.ledger, "measured": report.measured.ledger},
         budget_bytes=budget_bytes,
+        below=panels(target, predicted_bytes=report.predicted.peak.allocated_bytes),
     )
 
 

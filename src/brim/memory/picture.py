@@ -1,6 +1,6 @@
 """Ledgers as bars beside each other: who owns the bytes at the peak. Needs matplotlib (`pip install 'brim[plot]'`)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -36,18 +36,20 @@ def draw_ledgers(
     bars: Mapping[str, Ledger],
     budget_bytes: int | None = None,
     trace: Trace | None = None,
+    below: Sequence[Callable[[Axes], None]] = (),
 ) -> None:
     """Write one horizontal stacked bar per ledger to FILE.svg, .png or .html, with a line at the budget.
 
-    With a trace, memory over time by owner stands below.
+    With a trace, memory over time by owner stands below; `below` draws further panels, one each.
     """
     height = 1.5 + 0.75 * len(bars)
-    figure = Figure(figsize=(9, height + (3.6 if trace is not None else 0)), layout="constrained")
-    if trace is None:
-        axes = figure.add_subplot()
-    else:
-        axes, below = figure.subplots(2, 1, height_ratios=(height, 4.2))
-        _draw_timeline(below, timeline(trace), budget_bytes)
+    over_time = [] if trace is None else [lambda axes: _draw_timeline(axes, timeline(trace), budget_bytes)]
+    panels = [*over_time, *below]
+    figure = Figure(figsize=(9, height + 3.6 * len(panels)), layout="constrained")
+    ratios = (height, *(4.2 for _ in panels))
+    axes, *others = figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
+    for panel, draw in zip(others, panels, strict=True):
+        draw(panel)
     extent = round(1.04 * max(budget_bytes or 0, *(ledger.total for ledger in bars.values())))
     for row, ledger in enumerate(bars.values()):
         _draw_bar(axes, row, ledger, extent)
