@@ -10,7 +10,7 @@ from brim import units
 from brim.errors import BrimError, UsageError, did_you_mean, nearest
 
 BYTES = st.integers(1, 2**50)
-SECONDS_PER_UNIT = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 COUNT_PER_UNIT = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -82,7 +82,17 @@ def test_counts_round_trip(count: int) -> None:
 @given(st.floats(0, 10**7))
 def test_durations_round_trip(seconds: float) -> None:
     """A duration reads back within the smallest unit that it shows."""
-    tolerance = 0.051 if seconds < 10 else 0.51 if seconds < 3600 else 60 if seconds < 86400 else 3600
+    tolerance = (
+        0.00051
+        if seconds < 0.0995
+        else 0.051
+        if seconds < 10
+        else 0.51
+        if seconds < 3600
+        else 60
+        if seconds < 86400
+        else 3600
+    )
     assert abs(read_duration(units.format_duration(seconds)) - seconds) <= tolerance
 
 

@@ -223,8 +223,7 @@ def show(prediction: Prediction) -> None:
     fits = "fits" if prediction.fits else "does not fit"
     console.out.print(
         f"{fits} in {units.format_bytes(prediction.budget_bytes)}; "
-        f"about {units.format_duration(prediction.step_time_s)} {'a step' if asked is None else 'in all'}"
-        f"{_time_range(prediction)}, "
+        f"{_time(prediction)} {'a step' if asked is None else 'in all'}, "
         f"{units.format_count(prediction.tokens_per_s)} tokens/s{'' if asked is None else ' written'} "
         f"({prediction.method})"
     )
@@ -234,8 +233,11 @@ def show(prediction: Prediction) -> None:
         console.note(reason)
 
 
-def _time_range(prediction: Prediction) -> str:
+def _time(prediction: Prediction) -> str:
+    """About how long, and from when to when; the range alone where runs have shown the estimate to be outside it."""
+    about = f"about {units.format_duration(prediction.step_time_s)}"
     if prediction.step_time_range_s is None:
-        return ""
-    low, high = map(units.format_duration, prediction.step_time_range_s)
-    return f" ({low} to {high})"
+        return about
+    low, high = prediction.step_time_range_s
+    span = f"{units.format_duration(low)} to {units.format_duration(high)}"
+    return f"{about} ({span})" if low <= prediction.step_time_s <= high else span

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -121,5 +122,13 @@ def _draw_bar(axes: Axes, row: int, ledger: Ledger, extent: int) -> None:
         axes.barh(row, nbytes / GIB, left=start / GIB, color=_COLOURS[line], height=0.6)
         if nbytes > _NARROWEST_LABEL * extent:
             middle = (start + nbytes / 2) / GIB
-            axes.text(middle, row, format_bytes(nbytes), ha="center", va="center", color="white", fontsize=9)
+            axes.text(
+                middle, row, format_bytes(nbytes), ha="center", va="center", color=_ink(_COLOURS[line]), fontsize=9
+            )
         start += nbytes
+
+
+def _ink(background: str) -> str:
+    """Black or white, whichever is read better on this colour (Rec. 709 luminance)."""
+    red, green, blue = to_rgb(background)
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else "white"
