@@ -2,19 +2,19 @@
 
 from benchmarks.published import Case
 
-_BYTES = {"fp32": 4, "bf16": 2}
-ZERO2_BYTES = 2 + 18
-"""DeepSpeed's estimator on one GPU, ZeRO-2: 2P + 18P/N with N = 1 (deepspeed/runtime/zero/stage_1_and_2.py)."""
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def peers(case: Case) -> dict[str, int]:
-    """Bytes by tool."""
-    parameters = case.spec.num_parameters
+    """Bytes by tool; a tool that has no rule for such a run (packed weights) is absent."""
+    parameters, weights = case.spec.num_parameters, case.recipe.precision.weights
     if case.writing is not None:
         # its documentation: "add up to an additional 20%" for inference (docs/source/usage_guides)
-        return {"accelerate 1.2x": int(1.2 * parameters * _BYTES[case.recipe.precision.weights])}
-    return {
+        return {"accelerate 1.2x": int(1.2 * parameters * _BYTES[weights])}
+    devices = case.recipe.parallel.nodes * case.recipe.parallel.devices_per_node
+    # deepspeed/runtime/zero/stage_1_and_2.py: 2P + 18P / N
+    rules = {"DeepSpeed ZeRO-2": 2 * parameters + 18 * parameters // devices}
+    if weights in _BYTES:
         # huggingface/accelerate@16cb6eb8, commands/estimate.py: "Training using Adam", 4 x the weights
-        "accelerate 4x": 4 * parameters * _BYTES[case.recipe.precision.weights],
-        "DeepSpeed ZeRO-2": ZERO2_BYTES * parameters,
-    }
+        rules["accelerate 4x"] = 4 * parameters * _BYTES[weights]
+    return rules
