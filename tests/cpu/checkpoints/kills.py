@@ -43,10 +43,11 @@ def main(source: Path, place: Path, kills: int) -> None:
     seen = {"kills": 0, "ends": 0, "gone_on": 0, "different": 0, "strangers": 0}
     journal = place / ".output.partial" / "journal.jsonl"
     chance = random.Random(0)
-    while seen["kills"] < kills or not seen["ends"]:
+    while seen["kills"] < kills or not (seen["ends"] and seen["gone_on"]):
         seen["gone_on"] += journal.exists() and journal.read_bytes().count(b"\n") > 1
-        # After the last kill the run gets the time to end.
-        longest_s = whole_s if seen["kills"] < kills else 60 * whole_s
+        # After the last kill the run gets the time to end; a busy machine may not have come to its journal by then.
+        enough = seen["kills"] >= kills and seen["gone_on"]
+        longest_s = 60 * whole_s if enough else whole_s
         seen["kills"] += killed(source, output, chance.uniform(0, longest_s))
         seen["strangers"] += len({path.name for path in place.iterdir()} - NAMES)
         if output.exists():  # it may appear in the moment of the kill, and is whole then too
