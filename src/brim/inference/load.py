@@ -112,7 +112,7 @@ def _transformers_errors(directory: Path) -> Iterator[None]:
     except ImportError as error:
         if "compressed" not in str(error):
             raise
-        raise MissingPartError(f"{directory} is a quantized model; reading it needs: pip install 'brim[int8]'") from None
+        raise MissingPartError(f"{directory} is quantized; reading it needs: pip install 'brim[int8]'") from None
     except SafetensorError as error:
         raise ModelFileError(f"{directory}: damaged safetensors file: {error}") from None
     except (ModelFileError, UsageError):
