@@ -166,7 +166,7 @@ def test_processes_that_are_stopped_and_killed(arguments: list[str], tmp_path: P
     os.close(theirs)
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", os.read(ours, 2**20).decode(errors="replace"))
     os.close(ours)
-    assert re.search(r"step 3/6  loss [\d.]+  \S+ tokens/s  memory \S+ KiB, peak \S+ KiB  \S+ s left", shown)
+    assert re.search(r"step 3/6  loss [\d.]+  \S+ tokens/s  memory \S+ KiB, peak \S+ KiB  \S+ m?s left", shown)
     assert "stopped after step 3 of 6; go on with the same command and --resume" in shown
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     assert start_and_signal([*command, "--resume"], 5, signal.SIGKILL, **quiet) == -signal.SIGKILL
