@@ -1,6 +1,7 @@
 """Recipe -> Prediction: the trainer's own builder and step, run on fake tensors under the meter of lifetimes.
 
-Two steps are run: the optimizer's state appears in the first, the steady peak in the second.
+Two steps are run: the optimizer's state appears in the first, the steady peak in the second. Of a long model whose
+blocks repeat, three short ones are run instead, and their traces continued: the same trace, event by event.
 """
 
 from contextlib import ExitStack
@@ -17,13 +18,15 @@ from brim.memory.constants import context_bytes
 from brim.memory.cuda import cuda_kernels
 from brim.memory.fake import FakeWorld
 from brim.memory.modules import ModuleWatch, rows_at
+from brim.memory.splice import continued
 from brim.memory.trace import Trace
 from brim.models import ModelSpec
+from brim.models.series import Series, series
 from brim.recipe import Recipe, Writing
 from brim.report import Inference, Ledger, ModuleRow, Peak, Prediction
 from brim.speed import step_time, writing_time
 from brim.speed.bands import GPU_OPERATORS, OPERATORS, roofline_basis, time_range
-from brim.speed.operators import OperatorMeter, StepWork, gpu_seconds
+from brim.speed.operators import OperatorMeter, StepWork, continued_work, gpu_seconds
 from brim.training.adapters import add_lora
 from brim.training.batches import synthetic_batch
 from brim.training.build import base_model, build
@@ -110,8 +113,63 @@ def rehearse_trace(
 ) -> Trace:
     """Every allocation and free of the build and of `steps` optimizer steps, by owner.
 
-    None as the device: a CPU. `operators` hears of the last step's operators. `by_module`: blocks know their module.
+    None as the device: a CPU. `operators` hears of the last step's operators. `by_module`: blocks know their module,
+    for which every block is run.
     """
+    if not by_module and goes_block_by_block(recipe) and (shorter := series(spec, task=recipe.task)):
+        spliced = splice(shorter, recipe, steps=steps, device=device, operators=operators)
+        if spliced is not None:
+            return spliced
+    return whole_trace(spec, recipe, steps=steps, device=device, operators=operators, by_module=by_module)
+
+
+def splice(
+    shorter: Series,
+    recipe: Recipe,
+    *,
+    steps: int = 2,
+    device: Device | None = None,
+    operators: OperatorMeter | None = None,
+) -> Trace | None:
+    """The whole model's trace from short ones, and its operators; None where these do not show it."""
+    traces, works = list[Trace](), list[StepWork]()
+    for more, spec in enumerate(shorter.specs):
+        meter = None if operators is None else OperatorMeter()
+        traces.append(whole_trace(spec, recipe, steps=steps, device=device, operators=meter))
+        works.append(StepWork() if meter is None else meter.work)
+        if more < 2:
+            continue
+        times = shorter.times - (more - 2)
+        trace = continued((traces[-3], traces[-2], traces[-1]), times=times)
+        work = continued_work((works[-3], works[-2], works[-1]), times=times)
+        if trace is not None and work is not None:
+            if operators is not None:
+                operators.work = work
+            return trace
+    return None
+
+
+def goes_block_by_block(recipe: Recipe) -> bool:
+    """Nothing in the recipe names a block or divides work by bytes instead of by blocks (DDP's buckets, ZeRO-1's
+    shares of the parameters, pipeline stages)."""
+    parallel, targets = recipe.parallel, recipe.lora.targets
+    return (
+        parallel.sharding not in ("ddp", "zero1")
+        and parallel.pipeline == 1
+        and not any(part.isdigit() for target in targets for part in target.split("."))
+    )
+
+
+def whole_trace(
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    steps: int = 2,
+    device: Device | None = None,
+    operators: OperatorMeter | None = None,
+    by_module: bool = False,
+) -> Trace:
+    """`rehearse_trace` with every block run."""
     synthetic = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
     with (
         imagined_ranks(recipe) as ranks,  # before the fake world: making a mesh reads numbers from tensors

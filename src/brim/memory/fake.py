@@ -23,6 +23,7 @@ ways, each mended here; tests hold fake and real peaks equal for every lever and
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,17 +35,18 @@ from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor._op_schema import OpSchema
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 import brim
-from brim.memory.lifetimes import LifetimeMeter, is_sharded
+from brim.memory.lifetimes import LifetimeMeter, PlainMode, is_sharded
 
 _LARGEST_KNOWN = 2**22
 """Elements. Above it (a batch's full attention mask, say) values are not followed: nothing asks for them."""
 _NOT_ASKING = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 """Frames between who reads a number and the operator that reads it: the modes of this module, and torch."""
+_ONES = torch.ops.aten.ones.default
 
 
 class FakeWorld:
@@ -58,7 +60,7 @@ class FakeWorld:
 
     def __enter__(self) -> "FakeWorld":
         self._stack.enter_context(self._mode)
-        self._stack.enter_context(GroupedMatmulOfAnyFormat())  # type: ignore[no-untyped-call]
+        self._stack.enter_context(GroupedMatmulOfAnyFormat())
         self._stack.enter_context(self._known)
         self._stack.enter_context(self.meter)
         self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
@@ -75,6 +77,7 @@ class FakeWorld:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.meter.stop()
         self._stack.close()
 
     def bring(self, tensor: Tensor) -> Tensor:
@@ -91,11 +94,11 @@ class FakeWorld:
         return state
 
 
-class KnownIntegers(TorchDispatchMode):
+class KnownIntegers(PlainMode):
     """Runs operators on small integer and boolean tensors a second time, on their real values."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._values = WeakIdKeyDictionary()
 
     def remember(self, fake: Tensor, value: Tensor) -> None:
@@ -117,8 +120,10 @@ class KnownIntegers(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and _asked_by_the_step():
             return 1.0
         out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.is_floating_point() and func is not _ONES and not _writes(func):
+            return out  # nine in ten: new, and not followed
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if outputs and (func is torch.ops.aten.ones.default or all(_followed(output) for output in outputs)):
+        if outputs and (func is _ONES or all(_followed(output) for output in outputs)):
             self._follow(func, args, kwargs, outputs)
         else:
             self._lose(outputs)
@@ -150,6 +155,12 @@ class KnownIntegers(TorchDispatchMode):
             self._values.pop(output, None)
 
 
+@cache
+def _writes(func: Any) -> bool:
+    """The operator writes into one of its inputs."""
+    return bool(func._schema.is_mutable)
+
+
 @contextmanager
 def _real() -> Iterator[None]:
     """Operators work on real tensors until the block ends."""
@@ -161,7 +172,7 @@ def _followed(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and tensor.numel() <= _LARGEST_KNOWN
 
 
-class GroupedMatmulOfAnyFormat(TorchDispatchMode):
+class GroupedMatmulOfAnyFormat(PlainMode):
     """`_grouped_mm` gives what its kernel gives; the shape function that fake tensors use insists on BF16."""
 
     def __torch_dispatch__(
@@ -180,7 +191,7 @@ class GroupedMatmulOfAnyFormat(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class AccumulateInPlace(TorchDispatchMode):
+class AccumulateInPlace(PlainMode):
     """Autograd's sum of two gradients of one tensor writes into the first where the engine would.
 
     Rule (torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`): nobody else holds the first gradient or its
@@ -189,7 +200,7 @@ class AccumulateInPlace(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._unshared: tuple[int, int, int] | None = None
         self._calibrating = False
 
@@ -235,10 +246,7 @@ def _called_by_autograd() -> bool:
     """The operator was called by the engine itself, not by Python code that the engine runs."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.endswith(("_compile.py", "eval_frame.py", "_stats.py")):
-        frame = frame.f_back
-    return frame.f_code.co_name == "_engine_run_backward"
+    return sys._getframe(2).f_code.co_name == "_engine_run_backward"
 
 
 _propagate = ShardingPropagator._propagate_tensor_meta_non_cached

@@ -19,11 +19,22 @@ from torch.utils._pytree import tree_leaves
 from brim.memory.trace import Block, Trace
 
 
-class LifetimeMeter(TorchDispatchMode):
-    """Counts the bytes of every storage born inside the `with` block, by owner."""
+class PlainMode(TorchDispatchMode):
+    """A dispatch mode that is never compiled: without the wrapper that keeps torch.compile out, it costs half."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class LifetimeMeter(PlainMode):
+    """Counts the bytes of every storage born inside the `with` block, by owner."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.trace = Trace()
         self.before: Callable[[Any], None] | None = None
         """Told each operator before it runs; None: nobody asks."""
@@ -91,6 +102,10 @@ class LifetimeMeter(TorchDispatchMode):
             self.trace.free(before)
             self._blocks[key] = block = self.trace.allocate(storage.nbytes(), before.line)
             block.module = before.module
+
+    def stop(self) -> None:
+        """What lives now lives to the end of the trace: the end of a program is no part of its step."""
+        self._watches.clear()
 
     def _forget(self, key: int) -> None:
         del self._watches[key]

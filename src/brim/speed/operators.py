@@ -9,9 +9,9 @@ Ignored: what reading and preparing a batch takes, and that a tensor may still b
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +68,51 @@ def gpu_seconds(work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device)
     seconds = attention_flops(spec, recipe) / device.flops["bf16" if recipe.precision.compute != "fp32" else "fp32"]
     seconds += sum(flops / device.flops[number_format] for (_, number_format), flops in work.products.items())
     return seconds + sum(work.passes.values()) / device.bandwidth_bytes_per_s
+
+
+def continued_work(works: tuple[StepWork, StepWork, StepWork], *, times: int) -> StepWork | None:
+    """The first's work and what the second has more of it `times` times; None where the third does not bear that out.
+
+    As `memory.splice` for a long model's trace. Work grows in a straight line with the blocks, and so does the size of
+    a tensor with an entry for each: of the sizes that are not in all three, the smallest of a kind are taken together.
+    """
+    number = _straight([work.num_operators for work in works], times)
+    products = _continued([work.products for work in works], times)
+    attention = _continued([work.attention for work in works], times)
+    passes = _continued([work.passes for work in works], times)
+    if number is None or products is None or attention is None or passes is None:
+        return None
+    return StepWork(products=products, attention=attention, passes=passes, num_operators=number)
+
+
+_Key = TypeVar("_Key", bound=tuple[Any, ...])
+_Number = TypeVar("_Number", int, float)
+
+
+def _continued(counts: Sequence[Mapping[_Key, float]], times: int) -> dict[_Key, float] | None:
+    shared = set[_Key].intersection(*map(set, counts))
+    moving = [sorted(set(each) - shared) for each in counts]
+    if len(set(map(len, moving))) > 1:
+        return None
+    found: dict[_Key, float] = defaultdict(float)
+    for keys in [*((key, key, key) for key in shared), *zip(*moving, strict=True)]:
+        amount = _straight([each[key] for each, key in zip(counts, keys, strict=True)], times)
+        key = keys[0]
+        if len(set(keys)) > 1:
+            size = _straight([key[-1] for key in keys], times)
+            if size is None or len({key[:-1] for key in keys}) > 1:
+                return None
+            key = cast("_Key", (*key[:-1], size))
+        if amount is None:
+            return None
+        found[key] += amount
+    return found
+
+
+def _straight(three: Sequence[_Number], times: int) -> _Number | None:
+    """Where three numbers lead in `times` steps; None where they are in no straight line."""
+    first, second, third = three
+    return first + times * (second - first) if third - second == second - first else None
 
 
 class OperatorMeter:

@@ -1,0 +1,169 @@
+"""A long model's trace from three short ones: what a block adds is found in them, checked, and repeated.
+
+Blocks that are alike leave alike events, so the trace of a model with one block more is the trace without it and some
+chunks of events, put in where a loop goes round once more: one in each forward and backward pass, one in the
+optimizer's loop over parameters, and so on. `continued` finds these chunks in traces of n, n + 1 and n + 2 blocks
+(or periods of blocks) and repeats them as often as asked.
+
+Which block a free ends is said without naming it: the r-th youngest, or the r-th oldest, of the living ones of its
+kind (size and line). That holds in every repetition, since backward frees in the reverse order of forward. Frees
+without an allocation between them may come in any order (autograd's changes from run to run): it decides nothing.
+
+Nothing is guessed: a chunk must be in the third trace twice, sizes that grow with the number of blocks must grow in a
+straight line, and the rule of a free must be the same wherever its event is in the three. Else there is no answer, and
+the caller rehearses the whole.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+
+from brim.memory.trace import Block, Trace
+
+_Event = tuple[bool, Block]
+_Token = tuple[bool, int, str]
+"""What of an event is compared: allocated or freed, bytes, line."""
+_Kind = tuple[int, int, str]
+"""What tells blocks apart: bytes in the shortest model, bytes more with each repetition, line."""
+_Place = tuple[int, int, int]
+"""A position in each of the three traces."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Events that follow each other, from a place on."""
+
+    start: _Place
+    length: int
+    repeats: bool
+    """Not in the first trace, once in the second, twice in the third."""
+
+
+def continued(traces: tuple[Trace, Trace, Trace], *, times: int) -> Trace | None:
+    """The first trace, with what the second has more put in `times` times.
+
+    None where the three do not show beyond doubt what that is.
+    """
+    events = [ordered(trace) for trace in traces]
+    tokens = [[(allocated, block.nbytes, block.line) for allocated, block in each] for each in events]
+    stretches = _aligned(tokens)
+    if stretches is None:
+        return None
+    pattern = [token for stretch in stretches for token in _steps(tokens, stretch)]
+    ranks = _ranks(events, stretches, [kind for _, kind in pattern])
+    if ranks is None:
+        return None
+    trace, living = Trace(), defaultdict[_Kind, list[Block]](list)
+    for step in _order(stretches, times):
+        allocated, kind = pattern[step]
+        if allocated:
+            nbytes, growth, line = kind
+            living[kind].append(trace.allocate(nbytes + times * growth, line))
+        else:
+            trace.free(living[kind].pop(ranks[step]))
+    return trace
+
+
+def ordered(trace: Trace) -> list[_Event]:
+    """The trace's events; of blocks that are freed without an allocation between, the youngest first."""
+    births: dict[int, int] = {}
+    events: list[_Event] = []
+    for allocated, run in groupby(trace.events, key=itemgetter(0)):
+        together = list(run)
+        if allocated:
+            births |= {id(block): len(births) + index for index, (_, block) in enumerate(together)}
+        else:
+            together.sort(key=lambda event: -births[id(event[1])])
+        events += together
+    return events
+
+
+def _aligned(tokens: Sequence[Sequence[_Token]]) -> list[_Stretch] | None:
+    """The three traces cut into stretches, in order; None where some events follow no pattern."""
+    place, stretches = (0, 0, 0), []
+    while place != tuple(map(len, tokens)):
+        length, repeats = _common(tokens, place), False
+        if not length:
+            # of several that would do, the one after which the traces agree the longest
+            lengths = _chunks(tokens, place)
+            length = max(lengths, key=lambda chunk: _common(tokens, _after(place, chunk, repeats=True)), default=0)
+            repeats = True
+        if not length:
+            return None
+        stretches.append(_Stretch(place, length, repeats))
+        place = _after(place, length, repeats=repeats)
+    return stretches
+
+
+def _after(place: _Place, length: int, *, repeats: bool) -> _Place:
+    first, second, third = place
+    if repeats:
+        return first, second + length, third + 2 * length
+    return first + length, second + length, third + length
+
+
+def _common(tokens: Sequence[Sequence[_Token]], place: _Place) -> int:
+    """How many events all three traces have from here on, with sizes that stay or grow in a straight line."""
+    length, most = 0, min(len(line) - start for line, start in zip(tokens, place, strict=True))
+    while length < most and _alike(*(line[start + length] for line, start in zip(tokens, place, strict=True))):
+        length += 1
+    return length
+
+
+def _alike(first: _Token, second: _Token, third: _Token) -> bool:
+    if first == second == third:
+        return True
+    straight = third[1] - second[1] == second[1] - first[1]
+    return straight and first[0] == second[0] == third[0] and first[2] == second[2] == third[2]
+
+
+def _chunks(tokens: Sequence[Sequence[_Token]], place: _Place) -> Iterator[int]:
+    """Lengths of what may have been put in here: once into the second trace, twice into the third."""
+    (_, second, third), (_, here, there) = tokens, place
+    for length in range(1, min(len(second) - here, (len(third) - there) // 2) + 1):
+        if second[here + length - 1] == third[there + length - 1] == third[there + 2 * length - 1]:
+            chunk = second[here : here + length]
+            if chunk == third[there : there + length] == third[there + length : there + 2 * length]:
+                yield length
+
+
+def _steps(tokens: Sequence[Sequence[_Token]], stretch: _Stretch) -> Iterator[tuple[bool, _Kind]]:
+    """Whether each event of a stretch allocates, and what kind of block."""
+    first, second, _ = (line[start : start + stretch.length] for line, start in zip(tokens, stretch.start, strict=True))
+    for before, (allocated, nbytes, line) in zip(second if stretch.repeats else first, second, strict=True):
+        yield allocated, (before[1], nbytes - before[1], line)
+
+
+def _order(stretches: Sequence[_Stretch], times: int) -> Iterator[int]:
+    """Steps of the pattern in the order in which they are taken, with `times` repetitions."""
+    start = 0
+    for stretch in stretches:
+        for _ in range(times if stretch.repeats else 1):
+            yield from range(start, start + stretch.length)
+        start += stretch.length
+
+
+def _ranks(
+    events: Sequence[Sequence[_Event]], stretches: Sequence[_Stretch], kinds: Sequence[_Kind]
+) -> dict[int, int] | None:
+    """Which of the living of its kind each free ends: 0 the oldest, -1 the youngest. None where no rule holds."""
+    seen: dict[int, tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
+    for times, each in enumerate(events):
+        living = defaultdict[_Kind, list[int]](list)
+        for step, (allocated, block) in zip(_order(stretches, times), each, strict=True):
+            alike = living[kinds[step]]
+            if allocated:
+                alike.append(id(block))
+                continue
+            if id(block) not in alike:
+                return None
+            rank = alike.index(id(block))
+            from_oldest, from_youngest = seen[step]
+            from_oldest.add(rank)
+            from_youngest.add(rank - len(alike))
+            del alike[rank]
+    if any(min(map(len, ranks)) > 1 for ranks in seen.values()):
+        return None
+    return {step: (youngest if len(youngest) == 1 else oldest).pop() for step, (oldest, youngest) in seen.items()}
