@@ -134,10 +134,12 @@ def splice(
     """The whole model's trace from short ones, and its operators; None where these do not show it."""
     traces, works = list[Trace](), list[StepWork]()
     for more, spec in enumerate(shorter.specs):
+        if more == 0 and recipe.parallel.sharding != "none":
+            continue  # a sharded block gathers the next one ahead: a model of one block is unlike the rest
         meter = None if operators is None else OperatorMeter()
         traces.append(whole_trace(spec, recipe, steps=steps, device=device, operators=meter))
         works.append(StepWork() if meter is None else meter.work)
-        if more < 2:
+        if len(traces) < 3:
             continue
         times = shorter.times - (more - 2)
         trace = continued((traces[-3], traces[-2], traces[-1]), times=times)
@@ -154,8 +156,8 @@ def goes_block_by_block(recipe: Recipe) -> bool:
     shares of the parameters, pipeline stages)."""
     parallel, targets = recipe.parallel, recipe.lora.targets
     return (
-        parallel.sharding not in ("ddp", "zero1")
-        and parallel.pipeline == 1
+        parallel.sharding in ("none", "zero2", "zero3", "hsdp")
+        and parallel.tensor == parallel.pipeline == 1
         and not any(part.isdigit() for target in targets for part in target.split("."))
     )
 

@@ -15,6 +15,7 @@ from brim.models import ModelSpec, describe
 from brim.models.series import series
 from brim.recipe import Recipe
 from brim.rehearsal import rehearse_trace, splice, whole_trace
+from brim.speed.operators import OperatorMeter
 
 _CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[2] / "benchmarks" / "families.json").read_text(encoding="utf-8")
@@ -26,6 +27,14 @@ _MIXED = ("precision.weights=fp32", "memory.loss=chunked", "optimizer.name=sgd")
 _MASTER = ("precision.master=fp32", "memory.activation_checkpointing=selective")
 _IN_BACKWARD = ("optimizer.in_backward=true", "optimizer.max_grad_norm=0.0", "optimizer.name=adafactor")
 _LORA_MIXED = ("method=lora", "precision.weights=fp32", "memory.loss=chunked", "optimizer.name=lion")
+_ZERO_3 = ("parallel.sharding=zero3", "parallel.devices_per_node=3")
+_ZERO_2 = ("parallel.sharding=zero2", "parallel.devices_per_node=4", "precision.weights=fp32", "grad_accumulation=2")
+_HSDP = ("parallel.sharding=hsdp", "parallel.nodes=2", "parallel.devices_per_node=4", "method=lora")
+_CHECKPOINTED = "memory.activation_checkpointing=full"
+_SHARDED = [
+    ("llama", 10, (*_ZERO_3, _CHECKPOINTED), "h100"), ("qwen3-moe", 8, _ZERO_2, "cpu"),
+    ("gpt-2", 8, _HSDP, "cpu"), ("gemma-2", 16, (*_ZERO_3, _CHECKPOINTED, "memory.loss=chunked"), "cpu"),
+]  # fmt: skip
 _CASES = [
     ("llama", 8, _LORA_MIXED), ("gpt-2", 8, _MASTER), ("bloom", 8, _MIXED),
     ("qwen3-moe", 8, _LORA), ("deepseek-v3", 8, _FULL), ("mamba-2", 8, _MIXED), ("bert", 8, _IN_BACKWARD),
@@ -59,19 +68,21 @@ def events(trace: Trace) -> list[tuple[bool, int, str, int]]:
 
 @pytest.mark.parametrize(
     ("name", "depth", "settings", "device"),
-    [(*case, "cpu") for case in _CASES] + [(*_CASES[0], "h100")],
-    ids=[*(name for name, *_ in _CASES), "on a GPU"],
+    [*((*case, "cpu") for case in _CASES), (*_CASES[0], "h100"), *_SHARDED],
+    ids=[*(name for name, *_ in _CASES), "on a GPU", "zero3", "zero2", "hsdp", "zero3 by period"],
 )
 def test_a_spliced_trace_is_the_whole_trace(name: str, depth: int, settings: tuple[str, ...], device: str) -> None:
-    """Peak, ledger, every event with the block that it ends, and what the allocator reserves: equal."""
+    """Peak, ledger, every event with the block that it ends, what the allocator reserves and all operators: equal."""
     spec, gpu = deep(name, depth), None if device == "cpu" else find(device)
     recipe = Recipe(model=name, task=spec.task, seq_len=32, micro_batch_size=2)
     recipe = recipe.with_settings([*settings, f"memory.attention={spec.attention}"])
     shorter = series(spec, task=spec.task)
     assert shorter is not None
-    spliced = splice(shorter, recipe, steps=2, device=gpu)
+    few, all_of_them = OperatorMeter(), OperatorMeter()
+    spliced = splice(shorter, recipe, device=gpu, operators=few)
     assert spliced is not None
-    whole = whole_trace(spec, recipe, device=gpu)
+    whole = whole_trace(spec, recipe, device=gpu, operators=all_of_them)
+    assert few.work == all_of_them.work
     assert events(spliced) == events(whole)
     assert spliced.peak_bytes == whole.peak_bytes
     assert spliced.peak_ledger() == whole.peak_ledger()

@@ -1,4 +1,7 @@
-"""`Trace`: allocations and frees in order, and the ledger at their worst moment."""
+"""`Trace`: allocations and frees in order, and the ledger at their worst moment.
+
+What has no bytes (a parameter that is not gathered now) allocates nothing, and is no event.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +33,8 @@ class Trace:
         """A new live block on this ledger line."""
         assert line_of(line) in LEDGER_LINES, line
         block = Block(nbytes, line)
-        self._events.append((True, block))
+        if nbytes:
+            self._events.append((True, block))
         self.live_bytes += nbytes
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
@@ -38,7 +42,8 @@ class Trace:
         return block
 
     def free(self, block: Block) -> None:
-        self._events.append((False, block))
+        if block.nbytes:
+            self._events.append((False, block))
         self.live_bytes -= block.nbytes
         assert self.live_bytes >= 0, "more was freed than allocated"
 

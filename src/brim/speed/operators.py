@@ -138,7 +138,7 @@ class OperatorMeter:
             self._attention(name, args)
             self._move("fresh", [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
         elif not func.is_view:
-            self._pass(name, args, kwargs, out)
+            self._pass(func, args, kwargs, out)
 
     def _move(self, kind: Pass, tensors: list[Tensor], size: int | None = None) -> None:
         for tensor in tensors:
@@ -153,21 +153,21 @@ class OperatorMeter:
         direction: Attention = "attention-backward" if backward else "attention"
         self.work.attention[direction, _format(query), keys.shape[2]] += flops
 
-    def _pass(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        name = func.overloadpacket.__name__
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         held = {_storage(leaf) for leaf in read}
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in outputs if _storage(leaf) not in held]
-        in_place = func_writes_inputs(name)
-        if not made and not in_place:
+        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        if not made and not written:
             return  # a view by another name (contiguous of what is so, to the same format)
         if name in ("embedding", "index_select", "index", "gather"):
             read = made  # as many elements as come out
-        written = made if not in_place else _written(name, read, outputs)
-        largest = max(map(_nbytes, [*read, *written]), default=0)
+        largest = max(map(_nbytes, [*read, *made]), default=0)
         if any(part in name for part in _FUNCTIONS):
-            self._move("function", [*read, *written], largest)
-        elif in_place:
+            self._move("function", [*read, *(written or made)], largest)
+        elif written:
             self._move("in-place", [*read, *written], largest)
         else:
             reduces = any(part in name for part in _REDUCTIONS)
@@ -175,18 +175,16 @@ class OperatorMeter:
         self._move("fresh", made)
 
 
-def func_writes_inputs(name: str) -> bool:
-    """`add_`, `_fused_adamw_`, `copy_`; PyTorch's own rule of names."""
-    return name.endswith("_")
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """What the operator's schema says that it writes over."""
+    names = [argument.name for argument in func._schema.arguments if _is_written(argument)]
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return [leaf for leaf in tree_leaves([given.get(name) for name in names]) if isinstance(leaf, Tensor)]
 
 
-def _written(name: str, read: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-    """Fused optimizers write weights and states, not gradients; others their first argument."""
-    if name.startswith("_fused_adam"):
-        return read[: len(read) * 3 // 4]
-    if name.startswith("_foreach"):
-        return read[: max(1, len(read) // 2)] if len(read) > 1 else read
-    return outputs or read[:1]
+def _is_written(argument: Any) -> bool:
+    # a fused optimizer writes over gradients only where it unscales them, which it is not asked to
+    return argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
 
 
 def _matmul(left: Tensor, right: Tensor) -> Iterator[tuple[Product, Format, float]]:
