@@ -1,6 +1,7 @@
-"""For every test: nothing reaches beyond this machine."""
+"""For every test: nothing reaches beyond this machine, and no answer that was kept before stands for a rehearsal."""
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,3 +18,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def no_kept_answers(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Predictions are kept in a place that this test has to itself."""
+    place: list[Path] = []
+
+    def directory() -> Path:
+        place[:] = place or [tmp_path_factory.mktemp("answers")]
+        return place[0]
+
+    monkeypatch.setattr("brim.answers.answers_directory", directory)

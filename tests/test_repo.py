@@ -21,8 +21,9 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 # DESIGN's house: a part imports only from parts named before it, or from itself.
 ORDER = [
-    "errors", "units", "publish", "hardware", "models", "numerics", "recipe", "report", "checkpoints", "layers",
-    "memory", "speed", "growth", "planning", "inference", "training", "rehearsal", "launch", "cli", "web",
+    "errors", "units", "publish", "cache", "hardware", "models", "numerics", "recipe", "report", "checkpoints",
+    "layers", "memory", "speed", "answers", "growth", "planning", "inference", "training", "rehearsal", "launch", "cli",
+    "web",
 ]  # fmt: skip
 RANK = {part: rank for rank, part in enumerate(ORDER)}
 MAX_FILE_LINES = 400

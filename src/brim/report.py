@@ -135,6 +135,27 @@ class Prediction:
             "reasons": list(self.reasons),
         }
 
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any]) -> "Prediction":
+        """What `to_dict` was made of. Raises KeyError or TypeError for a dictionary that it did not make."""
+        spread, asked = kept["step_time_range_s"], kept.get("inference")
+        return cls(
+            model=kept["model"],
+            recipe=kept["recipe"],
+            device_name=kept["device"]["name"],
+            budget_bytes=kept["device"]["memory_bytes"],
+            peak=Peak(**kept["peak"]),
+            ledger=Ledger(**kept["ledger"]),
+            step_time_s=kept["step_time_s"],
+            tokens_per_s=kept["tokens_per_s"],
+            method=kept["method"],
+            error_band=(kept["error_band"][0], kept["error_band"][1]),
+            step_time_range_s=None if spread is None else (spread[0], spread[1]),
+            step_time_basis=kept["step_time_basis"],
+            reasons=tuple(kept["reasons"]),
+            inference=None if asked is None else Inference(**asked),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleRow:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from brim.models import ModelSpec, catalogue, describe
 from brim.models.count import count_from_config
+from brim.models.skeleton import skeleton
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 16, "intermediate_size": 24, "num_key_value_heads": 1},
@@ -45,6 +46,15 @@ def test_a_saved_model_is_described_as_it_was(family: str, shard_size: str, tmp_
     assert spec.tied_head == is_tied(model)
     assert spec.stored_bytes == sum(parameter.nbytes for parameter in model.parameters())
     assert (spec.task == "seq2seq-lm") == (family == "t5")
+
+
+def test_building_a_model_leaves_its_description_alone() -> None:
+    """transformers completes nested settings of the config that it is given (rope_scaling); ours stays as read."""
+    spec = describe("llama-3.1-8b")
+    before = repr(spec)
+    with torch.device("meta"):
+        skeleton(spec, dtype="bf16", attention="sdpa")
+    assert repr(spec) == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from brim.cli import console
+from brim.cli.answered import rehearsed
 from brim.hardware import Device
 from brim.models import ModelSpec
 from brim.planning import advise
@@ -14,16 +15,14 @@ from brim.units import format_bytes
 
 
 def of(
-    spec: ModelSpec, recipe: Recipe, now: Prediction, device: Device, risk: float, *, is_short: bool
+    spec: ModelSpec, recipe: Recipe, now: Prediction, device: Device, risk: float, *, is_short: bool, anew: bool
 ) -> tuple[Advice, ...]:
     """Levers in the way that the prediction was made; the short list has only the most promising."""
 
     def predict(changed: Recipe) -> Prediction:
         if now.method == "closed-form":
             return estimate(spec, changed, device=device, budget_bytes=now.budget_bytes)
-        from brim.rehearsal import rehearse
-
-        return rehearse(spec, changed, device=device, budget_bytes=now.budget_bytes, risk=risk)
+        return rehearsed(spec, changed, device, now.budget_bytes, risk, anew=anew)
 
     num_tried = SHORT_LIST if is_short else None
     with console.progress("trying what would save memory") as progress:

@@ -7,7 +7,8 @@ import typer
 
 from brim.errors import RecipeError, UsageError
 from brim.hardware import Device, find
-from brim.hardware.rates import quick_device
+from brim.hardware.detect import detect_host
+from brim.hardware.rates import cpu_identity, kept_rates, quick_device
 from brim.models import ModelSpec, describe
 from brim.recipe import Recipe
 
@@ -26,6 +27,7 @@ MicroBatchSize = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, as precision.weights=fp32.")
 ]
+Anew = Annotated[bool, typer.Option("--no-cache", help="Rehearse anew what was answered before.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
@@ -37,13 +39,13 @@ def budget_of(device: Device, cap: int | None) -> int:
 def device_of(name: str, gpu: str | None, cap: int | None, *, quick: bool = False) -> Device:
     """The GPU of the catalogue that was named, else a device of this machine; `cap` limits its memory.
 
-    `quick` looks at this machine without torch.
+    `quick` looks at this machine without torch, as does anyone where the processor's rates were measured before.
     """
     if gpu is not None:
         if name != "cpu":
             raise UsageError(f"--gpu {gpu} and --device {name} both name a device; give one of them")
         return find(gpu).capped(cap)
-    if quick:
+    if quick or (name == "cpu" and kept_rates(cpu_identity(detect_host())) is not None):
         return quick_device(name, cap)
     from brim.hardware.measure import resolve_device
 

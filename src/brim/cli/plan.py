@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from brim.cli import console, options
+from brim.cli.answered import rehearsed
 from brim.hardware import Device
 from brim.memory.bands import DEFAULT_RISK
 from brim.models import describe
@@ -47,6 +48,7 @@ def command(
     save: Annotated[
         Path | None, typer.Option(help="Write the best recipe to this TOML file.", show_default=False)
     ] = None,
+    anew: options.Anew = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Rank the recipes that fit a memory budget, and say why the others do not."""
@@ -59,7 +61,7 @@ def command(
     cap = parse_bytes(memory) if memory is not None else None
     try:
         found = options.device_of(device, gpu, cap)
-        result = _search(model, found, options.budget_of(found, cap), risk, constraints, goal)
+        result = _search(model, found, options.budget_of(found, cap), risk, constraints, goal, anew)
     except NothingFitsError as error:
         if json:
             console.print_json(error.plan.to_dict())
@@ -72,10 +74,10 @@ def command(
         _print(result, model, save)
 
 
-def _search(model: str, device: Device, budget: int, risk: float, constraints: Constraints, goal: Goal) -> Plan:
+def _search(
+    model: str, device: Device, budget: int, risk: float, constraints: Constraints, goal: Goal, anew: bool
+) -> Plan:
     spec = describe(model)
-    from brim.rehearsal import rehearse
-
     if device.memory_free_bytes < budget:
         console.note(f"only {format_bytes(device.memory_free_bytes)} are free now, less than the budget")
     with console.progress(f"Rehearsing finalists for {spec.name}") as progress:
@@ -83,7 +85,7 @@ def _search(model: str, device: Device, budget: int, risk: float, constraints: C
             spec,
             device,
             budget_bytes=budget,
-            rehearse=lambda recipe: rehearse(spec, recipe, device=device, budget_bytes=budget, risk=risk),
+            rehearse=lambda recipe: rehearsed(spec, recipe, device, budget, risk, anew=anew),
             constraints=constraints,
             goal=goal,
             progress=progress,

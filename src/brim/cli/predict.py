@@ -9,6 +9,7 @@ from rich.table import Table
 
 from brim import units
 from brim.cli import advice, console, modules, options, picture
+from brim.cli.answered import rehearsed
 from brim.errors import UsageError
 from brim.hardware import Device
 from brim.hardware.catalogue import lookup
@@ -55,6 +56,7 @@ def command(
     snapshot: Snapshot = None,
     asked: Asked = False,
     by_module: Modules = False,
+    anew: options.Anew = False,
     json: options.Json = False,
 ) -> int:
     """Peak memory of one recipe, by owner."""
@@ -76,15 +78,14 @@ def command(
     if quick:
         prediction = _estimated(spec, recipe, found, budget)
     else:
-        prediction = _rehearsed(spec, recipe, found, budget, risk, new_tokens=written)
+        prediction = rehearsed(spec, recipe, found, budget, risk, new_tokens=written, anew=anew)
     trace = None
     if not quick and (plot is not None or snapshot is not None):
         trace = _trace(spec, recipe, found, snapshot, new_tokens=written)
     _draw(plot, prediction, trace, budget_bytes=None if cap is None else prediction.budget_bytes)
     taken = None if num_tokens is None else _cost(spec, recipe, found, prediction, num_tokens)
-    given = None
-    if asked or not (prediction.fits or inference):
-        given = advice.of(spec, recipe, prediction, found, risk, is_short=not asked)
+    is_advised = asked or not (prediction.fits or inference)
+    given = advice.of(spec, recipe, prediction, found, risk, is_short=not asked, anew=anew) if is_advised else None
     rows = _by_module(spec, recipe, found) if by_module else None
     if json:
         _print_json(prediction, taken, given, rows)
@@ -176,19 +177,6 @@ def _trace(
     if snapshot is not None:
         write_snapshot(snapshot, trace)
     return trace
-
-
-def _rehearsed(
-    spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: int, risk: float, *, new_tokens: int | None
-) -> Prediction:
-    """Of a training step, or of writing `new_tokens` where they are given."""
-    from brim.rehearsal import rehearse, rehearse_inference
-
-    if new_tokens is not None:
-        return rehearse_inference(
-            spec, recipe, new_tokens=new_tokens, device=device, budget_bytes=budget_bytes, risk=risk
-        )
-    return rehearse(spec, recipe, device=device, budget_bytes=budget_bytes, risk=risk)
 
 
 def show(prediction: Prediction) -> None:

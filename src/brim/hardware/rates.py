@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from brim.cache import cache_directory
 from brim.errors import UnknownNameError, did_you_mean
 from brim.hardware.detect import Host, detect_host
 from brim.hardware.device import MATMUL_FORMATS, Device, MatmulFormat
@@ -84,8 +85,7 @@ def keep_rates(identity: str, rates: Rates, *, cache: Path | None = None) -> Non
 
 def cache_path() -> Path:
     """`$XDG_CACHE_HOME/brim/rates.json`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "brim" / "rates.json"
+    return cache_directory() / "rates.json"
 
 
 def _rows(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Both ways give the same names, shapes, dtypes and ties (a test compares them), s
 speaks for a run on the second.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,7 +91,7 @@ def attention_kernels(spec: ModelSpec, *, task: Task | None = None) -> tuple[str
 
 
 def _config_of(spec: ModelSpec, num_labels: int | None = None) -> PretrainedConfig:
-    facts = dict(spec.config)
+    facts = deepcopy(dict(spec.config))  # transformers writes into what is nested (rope_scaling)
     if num_labels is not None:
         facts = {key: value for key, value in facts.items() if key not in ("id2label", "label2id")}
         facts["num_labels"] = num_labels

@@ -10,7 +10,6 @@ Needs torch and transformers, so `brim.models` does not import it.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import transformers
 from filelock import FileLock
 from transformers import modeling_gguf_pytorch_utils as gguf_loader
 
+from brim.cache import cache_directory
 from brim.errors import MissingPartError, ModelFileError, UnknownNameError, UsageError
 from brim.models import embedded, hub
 from brim.models.directory import read_tensors, weight_files
@@ -57,13 +57,6 @@ def local_directory(spec: ModelSpec, *, progress: Progress = no_progress) -> Pat
     if spec.hub_id:
         return hub.download(spec.hub_id, spec.revision, progress=progress)
     raise UsageError(f"{spec.name} is a shape for reckoning without weights; choose a model that has some")
-
-
-def cache_directory() -> Path:
-    """Where Brim keeps what it can make again."""
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    # The XDG specification says to ignore a relative path.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "brim"
 
 
 def _embedded(model: EmbeddedModel, spec: ModelSpec, progress: Progress) -> Path:

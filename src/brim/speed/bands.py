@@ -6,12 +6,12 @@ shipped ones: nothing says more about a machine than the machine.
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from brim.cache import cache_directory
 from brim.hardware.device import Device
 
 OPERATORS = "cpu-operators"
@@ -81,8 +81,7 @@ def keep_run(*, basis: str, identity: str, predicted_s: float, measured_s: float
 
 def runs_path() -> Path:
     """`$XDG_CACHE_HOME/brim/step_times.jsonl`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "brim" / "step_times.jsonl"
+    return cache_directory() / "step_times.jsonl"
 
 
 def _lines(path: Path) -> list[str]:
