@@ -16,7 +16,7 @@ from brim import __version__
 from brim.checkpoints.audit import REPORT_NAME, QuantizationReport, tensor_report
 from brim.checkpoints.companions import companions, copy_companions
 from brim.checkpoints.conversion import BLOCK_ELEMENTS
-from brim.checkpoints.job import Job, Target, as_json, plan_job
+from brim.checkpoints.job import Job, ScaleChoice, Target, as_json, plan_job
 from brim.checkpoints.journal import NAME as JOURNAL
 from brim.checkpoints.journal import Done, Journal, has_chunks, identity_in
 from brim.checkpoints.statistics import Statistics
@@ -40,13 +40,14 @@ def quantize(
     *,
     to: Target,
     granularity: Granularity | None = None,
+    scales: ScaleChoice = "absmax",
     memory_bytes: int = MEMORY_BYTES,
     resume: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizationReport:
     """Write the model in directory `source` to the new directory `output`, its floats as FP16 or BF16, or its linear
     weights as INT8 or INT4 (compressed-tensors); tokenizer, generation settings and licences go along. `granularity` is
-    that of integers; None: INT8 by channel, INT4 by groups of 32.
+    that of integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen.
 
     Takes at most `memory_bytes` beside what the interpreter has. `progress` counts bytes read from the source and back
     from the output. The output appears whole or not at all. With `resume`, what a killed run did is not done again,
@@ -58,7 +59,7 @@ def quantize(
     """
     check_output(output, source=source)
     spec = describe(str(source.resolve()))
-    job = plan_job(source, spec, to, granularity=granularity)
+    job = plan_job(source, spec, to, granularity=granularity, scales=scales)
     workers = count_workers(job.conversions, memory_bytes=memory_bytes)
     place, partial = output.absolute(), partial_of(output.absolute())
     with _full_disk(output), alone(place):
@@ -78,6 +79,7 @@ def audit(
     *,
     to: Target,
     granularity: Granularity | None = None,
+    scales: ScaleChoice = "absmax",
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress = no_progress,
 ) -> QuantizationReport:
@@ -85,7 +87,7 @@ def audit(
 
     `progress` counts bytes read from the source. Raises what `quantize` does on account of the source.
     """
-    job = plan_job(source, describe(str(source.resolve())), to, granularity=granularity)
+    job = plan_job(source, describe(str(source.resolve())), to, granularity=granularity, scales=scales)
     workers = count_workers(job.conversions, memory_bytes=memory_bytes)
     chunks = tuple(chunk for conversion in job.conversions for chunk in chunks_of(conversion))
     collected = _Collected(job, progress, read_back=False)

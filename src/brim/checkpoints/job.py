@@ -13,6 +13,8 @@ from brim.checkpoints.integer_rows import encode_rows
 from brim.checkpoints.layouts import float_quantized, int_quantized, pack_quantized, plain
 from brim.checkpoints.linears import find_linears
 from brim.checkpoints.packed_rows import WORK_BYTES, encode_packed
+from brim.checkpoints.searched_rows import WORK_BYTES as SEARCH_WORK_BYTES
+from brim.checkpoints.searched_rows import encode_searched, unpacked
 from brim.checkpoints.writer import OutputFile, index_of, plan_shards
 from brim.errors import UsageError
 from brim.models.directory import INDEX, StoredTensor, checked_file, stored_tensors
@@ -23,6 +25,8 @@ from brim.numerics.formats import FORMATS
 from brim.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 Target = Literal["fp16", "bf16", "int8", "int4", "fp8"]
+ScaleChoice = Literal["absmax", "mse"]
+"""The largest element of a block becomes the last code; or the scale with the least squared error, searched."""
 _DEFAULT_GRANULARITY: Mapping[str, Granularity] = {"int8": PerChannel(), "int4": PerGroup(32), "fp8": PerChannel()}
 CONFIG = "config.json"
 _FLOATS = ("fp64", "fp32", "fp16", "bf16")
@@ -40,7 +44,14 @@ class Job(NamedTuple):
     """What was asked: a run that was killed is gone on with under the same settings only."""
 
 
-def plan_job(source: Path, spec: ModelSpec, to: Target, *, granularity: Granularity | None = None) -> Job:
+def plan_job(
+    source: Path,
+    spec: ModelSpec,
+    to: Target,
+    *,
+    granularity: Granularity | None = None,
+    scales: ScaleChoice = "absmax",
+) -> Job:
     """Raises UsageError for a source that is quantized already, in which nothing would change, or whose rows the
     granularity does not suit (None: INT8 by channel, INT4 by groups of 32)."""
     config = read_json_object(checked_file(source, CONFIG))
@@ -49,8 +60,9 @@ def plan_job(source: Path, spec: ModelSpec, to: Target, *, granularity: Granular
         raise UsageError(f"{source} has a config.json but no weights; copy its safetensors files beside it")
     _check_unquantized(source, config, stored)
     granularity = _checked_granularity(to, granularity)
+    _check_scales(to, scales)
     if granularity is not None:
-        conversions, config, layout = _to_integers(spec, stored, config, to, granularity)
+        conversions, config, layout = _to_integers(spec, stored, config, to, granularity, scales)
     else:
         conversions = tuple(_to_float(tensor, to) for tensor in stored)
         config, layout = plain.config(config, to=to), "plain"
@@ -60,7 +72,7 @@ def plan_job(source: Path, spec: ModelSpec, to: Target, *, granularity: Granular
     texts = {CONFIG: as_json(config)}
     if index := index_of(files):
         texts[INDEX] = as_json(index)
-    return Job(conversions, files, texts, layout, settings=f"{to} {granularity}")
+    return Job(conversions, files, texts, layout, settings=f"{to} {granularity} {scales}")
 
 
 def _checked_granularity(to: Target, granularity: Granularity | None) -> Granularity | None:
@@ -75,8 +87,18 @@ def _checked_granularity(to: Target, granularity: Granularity | None) -> Granula
     return granularity or _DEFAULT_GRANULARITY[to]
 
 
+def _check_scales(to: Target, scales: ScaleChoice) -> None:
+    if scales != "absmax" and to not in ("int8", "int4"):
+        raise UsageError(f"--scales {scales} is for integers, and --to is {to}; leave it away, or use int8 or int4")
+
+
 def _to_integers(
-    spec: ModelSpec, stored: Sequence[StoredTensor], config: Mapping[str, Any], to: str, granularity: Granularity
+    spec: ModelSpec,
+    stored: Sequence[StoredTensor],
+    config: Mapping[str, Any],
+    to: str,
+    granularity: Granularity,
+    scales: ScaleChoice,
 ) -> tuple[tuple[Conversion, ...], dict[str, Any], str]:
     """Conversions, config.json and layout: of INT8 by channel the one that most readers know."""
     linears = find_linears(spec, tensors=[tensor.spec.name for tensor in stored if _is_float_matrix(tensor.spec)])
@@ -88,7 +110,7 @@ def _to_integers(
         )
         return conversions, float_quantized.config(config, ignore=linears.left_alone), float_quantized.LAYOUT
     by_row = to == "int8" and isinstance(granularity, PerChannel)
-    convert = _to_int8 if by_row else partial(_to_packed, to=to, granularity=granularity)
+    convert = partial(_to_int8 if by_row else _to_packed, to=to, granularity=granularity, scales=scales)
     conversions = tuple(convert(tensor) if tensor.spec.name in linears.weights else keep(tensor) for tensor in stored)
     if by_row:
         return conversions, int_quantized.config(config, ignore=linears.left_alone), int_quantized.LAYOUT
@@ -139,36 +161,41 @@ def _is_float_matrix(tensor: TensorSpec) -> bool:
     return tensor.dtype in _FLOATS and len(tensor.shape) == 2 and tensor.numel > 0
 
 
-def _to_int8(tensor: StoredTensor) -> Conversion:
+def _to_int8(tensor: StoredTensor, *, to: str, granularity: Granularity, scales: ScaleChoice) -> Conversion:
     codes, scale = int_quantized.outputs(tensor.spec)
     inputs, scale_dtype = tensor.spec.shape[1], TORCH_DTYPES[scale.dtype]
+    searched = partial(encode_searched, format=to, granularity=granularity, scale_dtype=scale_dtype, finish=unpacked)
     return Conversion(
         source=tensor,
         outputs=(codes, scale),
-        encode=partial(encode_rows, scale_dtype=scale_dtype),
+        encode=partial(encode_rows, scale_dtype=scale_dtype) if scales == "absmax" else searched,
         row_elements=inputs,
         row_bytes=(inputs, scale_dtype.itemsize),
+        work_bytes=16 if scales == "absmax" else SEARCH_WORK_BYTES,
     )
 
 
-def _to_packed(tensor: StoredTensor, *, to: str, granularity: Granularity) -> Conversion:
+def _to_packed(tensor: StoredTensor, *, to: str, granularity: Granularity, scales: ScaleChoice) -> Conversion:
     inputs = tensor.spec.shape[1]
     if isinstance(granularity, PerGroup) and inputs % granularity.size:
         fitting = min(128, inputs & -inputs)
-        nearest = f"--granularity group:{fitting}" if fitting >= 8 else "--granularity channel"
+        fit = f"--granularity group:{fitting}" if fitting >= 8 else "--granularity channel"
         raise UsageError(
             f"tensor {tensor.spec.name!r}: rows of {inputs} elements do not divide into groups of {granularity.size}; "
-            f"use {nearest}"
+            f"use {fit}"
         )
     words, scale = pack_quantized.outputs(tensor.spec, format=to, granularity=granularity)
     scale_dtype = TORCH_DTYPES[scale.dtype]
+    finish = partial(pack_quantized.pack, bits=FORMATS[to].element_bits)
+    nearest = partial(encode_packed, format=to, granularity=granularity, scale_dtype=scale_dtype)
+    searched = partial(encode_searched, format=to, granularity=granularity, scale_dtype=scale_dtype, finish=finish)
     return Conversion(
         source=tensor,
         outputs=(words, scale),
-        encode=partial(encode_packed, format=to, granularity=granularity, scale_dtype=scale_dtype),
+        encode=nearest if scales == "absmax" else searched,
         row_elements=inputs,
         row_bytes=(words.nbytes // words.shape[0], scale.nbytes // scale.shape[0]),
-        work_bytes=WORK_BYTES,
+        work_bytes=WORK_BYTES if scales == "absmax" else SEARCH_WORK_BYTES,
         constants=(pack_quantized.shape_tensor(tensor.spec),),
         format=to,
     )

@@ -15,7 +15,7 @@ from brim.report import SCHEMA
 
 if TYPE_CHECKING:
     from brim.checkpoints.audit import QuantizationReport
-    from brim.checkpoints.job import Target
+    from brim.checkpoints.job import ScaleChoice, Target
 
 WORST = 5
 _Granularity = Annotated[
@@ -36,6 +36,9 @@ def command(
         typer.Option(metavar="DIR", help="A directory to make; default: ./MODEL-FORMAT.", show_default=False),
     ] = None,
     granularity: _Granularity = None,
+    scales: Annotated[
+        str, typer.Option(metavar="HOW", help="Of integers: absmax, or mse (least squared error; slower).")
+    ] = "absmax",
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Beside what the interpreter takes, whatever the model's size.")
     ] = "512MiB",
@@ -51,12 +54,13 @@ def command(
 ) -> None:
     """A smaller checkpoint: FP16, BF16, or INT8, INT4 or FP8 linear weights."""
     from brim.checkpoints.convert import audit, check_output, quantize
-    from brim.checkpoints.job import Target
+    from brim.checkpoints.job import ScaleChoice, Target
     from brim.models import describe
     from brim.models.weights import local_directory
     from brim.numerics.granularity import parse_granularity
 
     target = _target(to, get_args(Target))
+    choice = _choice(scales, get_args(ScaleChoice))
     if audit_only and (output or resume):
         raise UsageError("--audit writes nothing; leave --output and --resume out, or leave --audit out")
     picture.check(plot)
@@ -71,11 +75,14 @@ def command(
     started = time.perf_counter()
     with console.progress(f"{'auditing for' if audit_only else 'quantizing to'} {target}", in_bytes=True) as listen:
         if audit_only:
-            report = audit(source, to=target, granularity=shared, memory_bytes=memory_bytes, progress=listen)
+            report = audit(
+                source, to=target, granularity=shared, scales=choice, memory_bytes=memory_bytes, progress=listen
+            )
         else:
             report = quantize(
-                source, place, to=target, granularity=shared, memory_bytes=memory_bytes, resume=resume, progress=listen
-            )
+                source, place, to=target, granularity=shared, scales=choice, memory_bytes=memory_bytes, resume=resume,
+                progress=listen,
+            )  # fmt: skip
     seconds = time.perf_counter() - started
     _draw(plot, report)
     if json:
@@ -95,6 +102,13 @@ def _target(text: str, known: "tuple[Target, ...]") -> "Target":
     if target is None:
         raise UsageError(f"cannot quantize to {text!r}; formats: {', '.join(known)}")
     return target
+
+
+def _choice(text: str, known: "tuple[ScaleChoice, ...]") -> "ScaleChoice":
+    choice = next((name for name in known if name == text.lower()), None)
+    if choice is None:
+        raise UsageError(f"--scales {text!r} is not one of {', '.join(known)}")
+    return choice
 
 
 def _draw(path: Path | None, report: "QuantizationReport") -> None:

@@ -4,7 +4,7 @@ Shapes: R output channels, K inputs, G groups of a row, B elements that share a 
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,23 +34,42 @@ class Encoded(NamedTuple):
     """Elements that lay past the last code: a scale that its own format rounded down leaves a few."""
 
 
+class ChooseScale(Protocol):
+    """Fits scales to blocks."""
+
+    def __call__(self, blocks: Tensor, *, codes: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """(..., B) -> (..., 1), as `storable_scale` leaves them."""
+
+
+def all_codes(format: str) -> tuple[int, int]:
+    """Least and greatest code that an integer format's bits hold: absmax scales leave INT4's -8 unused. INT8 keeps to
+    -127: kernels that multiply two INT8 codes in 16 bits (AVX2's vpmaddubsw) overflow with -128."""
+    low, high = FORMATS[format].codes
+    return (low if high > 7 else -high - 1), high
+
+
 def encode_integer(
     weight_RK: Tensor,
     *,
     format: str = "int8",
     granularity: Granularity | None = None,
     scale_dtype: torch.dtype = torch.float32,
+    choose: ChooseScale | None = None,
 ) -> Encoded:
     """Symmetric integers: scale = absmax / last code, codes rounded half to even (granularity None: per channel).
 
     The scale is rounded to `scale_dtype` first and the codes are made with it as stored. Where it would be zero
     it is 1, and the codes are zero; it is never so large that the last code decodes to more than its dtype holds.
+    `choose` fits other scales; codes then go down to the least that the bits have, which absmax has no use for.
     """
     granularity = PerChannel() if granularity is None else granularity
-    low, high = FORMATS[format].codes
+    low, high = FORMATS[format].codes if choose is None else all_codes(format)
     # fp32: in bf16 the quotient would be off by up to half a code.
     blocks = _as_blocks(weight_RK.float(), granularity)
-    scale = absmax_scale(blocks, largest_code=high, dtype=scale_dtype)
+    if choose is None:
+        scale = absmax_scale(blocks, largest_code=high, dtype=scale_dtype)
+    else:
+        scale = choose(blocks, codes=(low, high), dtype=scale_dtype)
     rounded = (blocks / scale.float()).round_()
     num_clipped = int(((rounded < low) | (rounded > high)).sum())
     codes = rounded.clamp_(low, high).to(torch.int8).view(weight_RK.shape)
