@@ -1,6 +1,7 @@
 """`brim quantize MODEL`: a smaller checkpoint, and what that cost."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -27,6 +28,11 @@ _Granularity = Annotated[
     ),
 ]
 
+_Scales = Annotated[str, typer.Option(metavar="HOW", help="Of integers: absmax, or mse (least squared error; slower).")]
+_Memory = Annotated[
+    str, typer.Option(metavar="SIZE", help="Beside what the interpreter takes, whatever the model's size.")
+]
+
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, Hub id, directory or .gguf file.")],
@@ -36,12 +42,8 @@ def command(
         typer.Option(metavar="DIR", help="A directory to make; default: ./MODEL-FORMAT.", show_default=False),
     ] = None,
     granularity: _Granularity = None,
-    scales: Annotated[
-        str, typer.Option(metavar="HOW", help="Of integers: absmax, or mse (least squared error; slower).")
-    ] = "absmax",
-    memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Beside what the interpreter takes, whatever the model's size.")
-    ] = "512MiB",
+    scales: _Scales = "absmax",
+    memory: _Memory = "512MiB",
     resume: Annotated[bool, typer.Option(help="Go on with a killed or interrupted run.")] = False,
     audit_only: Annotated[
         bool, typer.Option("--audit", help="Only say what it would cost, tensor by tensor; write nothing.")
@@ -74,15 +76,8 @@ def command(
         source = local_directory(spec, progress=listen)
     started = time.perf_counter()
     with console.progress(f"{'auditing for' if audit_only else 'quantizing to'} {target}", in_bytes=True) as listen:
-        if audit_only:
-            report = audit(
-                source, to=target, granularity=shared, scales=choice, memory_bytes=memory_bytes, progress=listen
-            )
-        else:
-            report = quantize(
-                source, place, to=target, granularity=shared, scales=choice, memory_bytes=memory_bytes, resume=resume,
-                progress=listen,
-            )  # fmt: skip
+        work = partial(audit, source) if audit_only else partial(quantize, source, place, resume=resume)
+        report = work(to=target, granularity=shared, scales=choice, memory_bytes=memory_bytes, progress=listen)
     seconds = time.perf_counter() - started
     _draw(plot, report)
     if json:
