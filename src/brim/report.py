@@ -242,6 +242,8 @@ class Measured:
     tokens_per_s: float
     meter: str
     """How memory was measured, in words."""
+    ranks: tuple[Peak, ...] = ()
+    """Each rank's peak where there are several: `peak` is the busiest one's."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -250,6 +252,7 @@ class Measured:
             "step_time_s": self.step_time_s,
             "tokens_per_s": self.tokens_per_s,
             "meter": self.meter,
+            "ranks": [peak.to_dict() for peak in self.ranks],
         }
 
 

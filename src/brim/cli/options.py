@@ -27,13 +27,26 @@ MicroBatchSize = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, as precision.weights=fp32.")
 ]
+Gpus = Annotated[int | None, typer.Option(min=1, help="Devices of a machine; on a CPU, processes.")]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Machines, each with as many devices.")]
+Sharding = Annotated[
+    str | None, typer.Option(help="ddp, zero1, zero2, zero3 or hsdp; of several devices zero3, unless the recipe says.")
+]
+Tensor = Annotated[int | None, typer.Option(min=1, help="Devices that share each matrix.")]
 Anew = Annotated[bool, typer.Option("--no-cache", help="Rehearse anew what was answered before.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
-def budget_of(device: Device, cap: int | None) -> int:
-    """Bytes that a run may use: what is free now, or what the user said."""
-    return device.memory_free_bytes if cap is None else device.memory_bytes
+def budget_of(device: Device, cap: int | None, recipe: Recipe | None = None) -> int:
+    """Bytes that a run may use, each of its processes: what is free now, or what the user said. A CPU's are shared."""
+    budget = device.memory_free_bytes if cap is None else device.memory_bytes
+    return budget // recipe.parallel.devices_per_node if recipe is not None and device.kind == "cpu" else budget
+
+
+def spread(*, gpus: int | None, nodes: int | None, sharding: str | None, tensor: int | None) -> list[str]:
+    """Recipe settings for the options that say how many devices there are and what they share."""
+    named = {"devices_per_node": gpus, "nodes": nodes, "sharding": sharding, "tensor": tensor}
+    return [f"parallel.{key}={value}" for key, value in named.items() if value is not None]
 
 
 def device_of(name: str, gpu: str | None, cap: int | None, *, quick: bool = False) -> Device:
@@ -70,8 +83,15 @@ def recipe_of(
     named_settings = [f"{key}={value}" for key, value in named.items() if value is not None]
     if method == "qlora" and not recipe.precision.packed:
         named_settings.append("precision.weights=nf4")
-    recipe = recipe.with_settings([*named_settings, *(settings or [])])
+    asked = [*named_settings, *(settings or [])]
+    recipe = recipe.with_settings([*_sharding(recipe, asked), *asked])
     return recipe, describe(recipe.model)
+
+
+def _sharding(recipe: Recipe, asked: list[str]) -> list[str]:
+    """What several devices share where nobody has said it: everything, which is what takes the least memory."""
+    many = any(setting.startswith(("parallel.devices_per_node=", "parallel.nodes=")) for setting in asked)
+    return ["parallel.sharding=zero3"] if many and recipe.parallel.sharding == "none" else []
 
 
 def _start(source: str, new_tokens: int) -> Recipe:

@@ -47,6 +47,10 @@ def command(
     method: options.Method = None,
     seq_len: options.SeqLen = None,
     micro_batch_size: options.MicroBatchSize = None,
+    gpus: options.Gpus = None,
+    nodes: options.Nodes = None,
+    sharding: options.Sharding = None,
+    tensor: options.Tensor = None,
     settings: options.Settings = None,
     inference: Inference = False,
     new_tokens: Annotated[int, typer.Option(min=1, help="With --inference: tokens written after each row.")] = 128,
@@ -63,18 +67,19 @@ def command(
     picture.check(plot)
     _check(quick=quick, inference=inference, snapshot=snapshot, asked=asked, by_module=by_module)
     written = new_tokens if inference else None
+    spread = options.spread(gpus=gpus, nodes=nodes, sharding=sharding, tensor=tensor)
     recipe, spec = options.recipe_of(
         source,
         method=method,
         seq_len=seq_len,
         micro_batch_size=micro_batch_size,
-        settings=settings,
+        settings=[*spread, *(settings or [])],
         new_tokens=written or 0,
     )
     num_tokens = None if tokens is None else units.parse_count(tokens, what="--tokens")
     cap = None if memory is None else units.parse_bytes(memory)
     found = options.device_of(device, gpu, cap, quick=quick)
-    budget = options.budget_of(found, cap)
+    budget = options.budget_of(found, cap, recipe)
     if quick:
         prediction = _estimated(spec, recipe, found, budget)
     else:
@@ -89,7 +94,19 @@ def command(
     rows = _by_module(spec, recipe, found) if by_module else None
     if json:
         _print_json(prediction, taken, given, rows)
-        return 0
+    else:
+        _print(prediction, taken, given, rows, asked=asked)
+    return 0
+
+
+def _print(
+    prediction: Prediction,
+    taken: Cost | None,
+    given: Sequence[Advice] | None,
+    rows: Sequence[ModuleRow] | None,
+    *,
+    asked: bool,
+) -> None:
     show(prediction)
     if taken is not None:
         console.out.print(_cost_line(taken), markup=False, soft_wrap=True)
@@ -97,7 +114,6 @@ def command(
         modules.show(rows)
     if given is not None:
         advice.show(prediction, given, is_short=not asked)
-    return 0
 
 
 def _check(*, quick: bool, inference: bool, snapshot: Path | None, asked: bool, by_module: bool) -> None:

@@ -1,9 +1,11 @@
 """`brim tune`: runs a recipe and shows predicted beside measured."""
 
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +21,7 @@ from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.report import LEDGER_LINES, Prediction, RunReport
 from brim.speed.bands import keep_run
+from brim.training.processes import is_first, is_rank, run_ranks
 
 if TYPE_CHECKING:
     from brim.training.metrics import StepRecord
@@ -39,6 +42,10 @@ def command(
     method: options.Method = None,
     seq_len: options.SeqLen = None,
     micro_batch_size: options.MicroBatchSize = None,
+    gpus: options.Gpus = None,
+    nodes: options.Nodes = None,
+    sharding: options.Sharding = None,
+    tensor: options.Tensor = None,
     settings: options.Settings = None,
     plot: picture.Plot = None,
     json: options.Json = False,
@@ -48,42 +55,90 @@ def command(
     if data is None:
         raise UsageError("no data to learn from; add --data FILE.jsonl (one object a line) or a plain text file")
     steps = [f"training.max_steps={max_steps}"] if max_steps is not None else []
+    spread = options.spread(gpus=gpus, nodes=nodes, sharding=sharding, tensor=tensor)
     recipe, spec = options.recipe_of(
         source,
         method=method,
         seq_len=seq_len,
         micro_batch_size=micro_batch_size,
-        settings=[*(settings or []), *steps],
+        settings=[*spread, *(settings or []), *steps],
     )
-    refuse_many(recipe)
     target = output or Path("runs") / f"{Path(recipe.model).name}-{recipe.method}"
+    places = {"--data": data, "--eval-data": eval_data, "--output": target, "--plot": plot}
+    if recipe.parallel.devices > 1 and not is_rank():
+        check_place(target, resume=resume)
+        return start_ranks(recipe, places, device=device, memory=memory, resume=resume, json=json)
     cap = None if memory is None else units.parse_bytes(memory)
+    report = _run(recipe, spec, data, eval_data, target, device=device, cap=cap, resume=resume)
+    if is_first():
+        _draw(plot, report, target, budget_bytes=None if cap is None else report.predicted.budget_bytes)
+        _conclude(report, device, target, json=json)
+    return 0
+
+
+def _run(
+    recipe: Recipe,
+    spec: ModelSpec,
+    data: Path,
+    eval_data: Path | None,
+    target: Path,
+    *,
+    device: str,
+    cap: int | None,
+    resume: bool,
+) -> RunReport:
+    """In this process: alone, or one of several ranks."""
     from brim.models.quiet import quiet_transformers
 
     with quiet_transformers(), stop_on_signal() as stop:
         from brim.training.loop import run
+        from brim.training.ranks import joined_ranks
         from brim.training.start import prepare
 
-        check_place(target, resume=resume)
-        note_warnings(recipe, eval_data)
+        if is_first():
+            check_place(target, resume=resume)
+            note_warnings(recipe, eval_data)
         predicted = predict(recipe, spec, device, cap)
-        with console.progress(f"preparing {spec.name}") as progress:
-            job = prepare(
-                recipe,
-                spec,
-                data=data,
-                eval_data=eval_data,
-                output=target,
-                predicted=predicted,
-                device=device,
-                resume=resume,
-                progress=progress,
-            )
-        with show_steps(recipe) as on_step:
-            report = run(job, on_step=on_step, should_stop=stop.asked_after_step)
-    _draw(plot, report, target, budget_bytes=None if cap is None else predicted.budget_bytes)
-    _conclude(report, device, target, json=json)
-    return 0
+        with joined_ranks(recipe, device) as ranks:
+            with console.progress(f"preparing {spec.name}") as progress:
+                job = prepare(
+                    recipe,
+                    spec,
+                    data=data,
+                    eval_data=eval_data,
+                    output=target,
+                    predicted=predicted,
+                    device=device,
+                    resume=resume,
+                    ranks=ranks,
+                    progress=progress,
+                )
+            with show_steps(recipe) as on_step:
+                return run(job, on_step=on_step, should_stop=stop.asked_after_step)
+
+
+def start_ranks(
+    recipe: Recipe, places: Mapping[str, Path | None], *, device: str, memory: str | None, resume: bool, json: bool
+) -> int:
+    """The same command once for each of this machine's devices; the exit code of what ended it.
+
+    Raises UsageError where the recipe wants other machines, too.
+    """
+    command = [sys.executable, "-m", "brim.cli", "tune"]
+    options_given = [item for key, place in places.items() if place is not None for item in (key, str(place))]
+    options_given += ["--device", device, *(["--memory", memory] if memory is not None else [])]
+    options_given += ["--resume"] * resume + ["--json"] * json
+    nodes, devices = recipe.parallel.nodes, recipe.parallel.devices_per_node
+    if nodes > 1:
+        raise UsageError(
+            f"the recipe has {nodes} nodes, and brim tune starts processes on one: on each of them run "
+            f"torchrun --nnodes={nodes} --nproc_per_node={devices} --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 "
+            "-m brim.cli tune RECIPE ..., with the output on a disk that all share"
+        )
+    with TemporaryDirectory(prefix="brim-recipe-") as directory:
+        written = Path(directory) / "recipe.toml"
+        written.write_text(recipe.to_toml(), encoding="utf-8")
+        return run_ranks([*command, str(written), *options_given], devices)
 
 
 def predict(recipe: Recipe, spec: ModelSpec, device: str, cap: int | None) -> Prediction:
@@ -92,14 +147,14 @@ def predict(recipe: Recipe, spec: ModelSpec, device: str, cap: int | None) -> Pr
     from brim.rehearsal import rehearse
 
     found = resolve_device(device, cap)
-    predicted = rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap))
+    predicted = rehearse(spec, recipe, device=found, budget_bytes=options.budget_of(found, cap, recipe))
     refuse_if_over(predicted)
     return predicted
 
 
 def _conclude(report: RunReport, device: str, target: Path, *, json: bool) -> None:
     """Print the report, and keep its step time: the next prediction's range knows how this run went."""
-    if device == "cpu" and report.steps >= _FEWEST_TIMED_STEPS:
+    if device == "cpu" and report.steps >= _FEWEST_TIMED_STEPS and not report.measured.ranks:
         keep_run(
             basis=report.predicted.step_time_basis,
             identity=cpu_identity(detect_host()),
@@ -125,15 +180,6 @@ def _draw(plot: Path | None, report: RunReport, target: Path, *, budget_bytes: i
         budget_bytes=budget_bytes,
         below=panels(target, predicted_bytes=report.predicted.peak.allocated_bytes),
     )
-
-
-def refuse_many(recipe: Recipe) -> None:
-    """Raises UsageError for a recipe of several devices, which is rehearsed but not run from here."""
-    if recipe.parallel.devices > 1:
-        raise UsageError(
-            f"the recipe has {recipe.parallel.devices} devices, and brim tune runs on one: see what it would take with "
-            "brim predict, or set parallel.nodes=1, parallel.devices_per_node=1, parallel.sharding=none"
-        )
 
 
 def check_place(target: Path, *, resume: bool) -> None:
@@ -178,7 +224,8 @@ def show(report: RunReport) -> None:
     table.add_section()
     ours, theirs = predicted.peak.allocated_bytes, measured.peak.allocated_bytes
     error = 100 * report.relative_error["allocated_bytes"]
-    table.add_row("peak allocated", f"{ours:,} B", f"{theirs:,} B", f"{error:+.4f} %")
+    busiest = " (busiest rank)" if measured.ranks else ""
+    table.add_row(f"peak allocated{busiest}", f"{ours:,} B", f"{theirs:,} B", f"{error:+.4f} %")
     table.add_row(
         "step time",
         units.format_duration(predicted.step_time_s),
@@ -189,6 +236,9 @@ def show(report: RunReport) -> None:
     console.out.print(
         f"loss {report.first_loss:.4f} -> {report.last_loss:.4f}; {units.format_count(measured.tokens_per_s)} tokens/s"
     )
+    if measured.ranks:
+        peaks = ", ".join(units.format_bytes(peak.allocated_bytes) for peak in measured.ranks)
+        console.out.print(f"peak of each rank: {peaks}")
     if report.evaluation:
         console.out.print(
             f"on the evaluation data: loss {report.evaluation['loss']:.4f}, "

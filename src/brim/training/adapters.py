@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -77,13 +77,16 @@ def _cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
             module.lora_B.to(dtype)
 
 
-def save_adapter(model: PeftModel, spec: ModelSpec, directory: Path) -> None:
-    """PEFT's file form; a base from the Hub is named by its id there, any other by its directory."""
+def save_adapter(model: PeftModel, spec: ModelSpec, directory: Path, *, state: dict[str, Tensor] | None = None) -> None:
+    """PEFT's file form; a base from the Hub is named by its id there, any other by its directory.
+
+    `state`: the model's tensors, where its own are parts.
+    """
     if spec.hub_id and spec.kind == "hub":
         config = model.peft_config[model.active_adapter]
         config.base_model_name_or_path, config.revision = spec.hub_id, spec.revision
     # Embeddings never are among the targets; left to itself PEFT asks the Hub whether they have changed.
-    model.save_pretrained(directory, save_embedding_layers=False)
+    model.save_pretrained(directory, save_embedding_layers=False, state_dict=state)
 
 
 def _check_targets(base: PreTrainedModel, targets: tuple[str, ...]) -> None:

@@ -2,12 +2,14 @@
 
 A checkpoint is a directory `step-N`: `trainable.safetensors` (what the method trains), `optimizer.safetensors` (its
 state, and the random generators'), `state.json` (what was done and measured so far, of which recipe and data).
-No pickle.
+No pickle. Of several ranks each writes its own parts, in files `...-RANK.safetensors`; where the model has copies, the
+first rank that holds a part. They go on in the same number, which the recipe says.
 """
 
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ from brim.memory import owners
 from brim.models.directory import StoredTensor
 from brim.models.safetensors_header import read_header
 from brim.numerics.encode import TORCH_DTYPES
-from brim.publish import whole_directory
+from brim.publish import partial_of, whole_directory
 from brim.report import Ledger, Peak
 from brim.training.build import Workload
 from brim.training.optimizer import like
+from brim.training.parts import part_of
+from brim.training.ranks import Ranks
 
 _RANDOM = "random_generator"
 _CUDA_RANDOM = "cuda_random_generator"
@@ -66,17 +70,33 @@ class Progress:
 
 def save_checkpoint(directory: Path, workload: Workload, progress: Progress, *, data: str) -> Path:
     """Write `step-N` below `directory`, then remove the older ones. `data` tells one data set from another."""
-    target = directory / f"step-{progress.steps_done:08d}"
-    if not target.exists():
-        with whole_directory(target) as partial:
-            save_file(_trainable(workload), partial / "trainable.safetensors")
-            save_file(_optimizer_state(workload), partial / "optimizer.safetensors")
-            state = {"recipe": workload.recipe.to_dict(), "data": data, "progress": progress.to_dict()}
-            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    # Older ones, and what a killed run left of one that it was writing.
-    for older in [*_checkpoints(directory)[:-1], *directory.glob(".step-*")]:
-        shutil.rmtree(older)
+    target, ranks = directory / f"step-{progress.steps_done:08d}", workload.ranks
+    if not ranks.any(target.exists()):
+        with whole_directory(target) if ranks.is_first else nullcontext(partial_of(target)) as partial:
+            ranks.wait()  # until the directory is there
+            _write(workload, partial)
+            if ranks.is_first:
+                state = {"recipe": workload.recipe.to_dict(), "data": data, "progress": progress.to_dict()}
+                (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            ranks.wait()  # until all is in it
+    if ranks.is_first:
+        # Older ones, and what a killed run left of one that it was writing.
+        for older in [*_checkpoints(directory)[:-1], *directory.glob(".step-*")]:
+            shutil.rmtree(older)
+    ranks.wait()
     return target
+
+
+def _write(workload: Workload, directory: Path) -> None:
+    ranks = workload.ranks
+    has_copy = ranks.original != ranks.rank
+    if not has_copy:
+        save_file(_trainable(workload), directory / _file("trainable", ranks, ranks.rank))
+    save_file(_optimizer_state(workload, has_copy=has_copy), directory / _file("optimizer", ranks, ranks.rank))
+
+
+def _file(what: str, ranks: Ranks, rank: int) -> str:
+    return f"{what}.safetensors" if ranks.count == 1 else f"{what}-{rank}.safetensors"
 
 
 def load_checkpoint(directory: Path, workload: Workload, *, data: str) -> Progress | None:
@@ -93,7 +113,7 @@ def load_checkpoint(directory: Path, workload: Workload, *, data: str) -> Progre
         _check_same(newest, state["recipe"] == workload.recipe.to_dict(), "recipe")
         _check_same(newest, state["data"] == data, "data")
         progress = Progress.from_dict(state["progress"])
-        _restore(workload, _Stored(newest / "trainable.safetensors"), _Stored(newest / "optimizer.safetensors"))
+        _restore(workload, newest)
     except UsageError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -139,25 +159,31 @@ class _Stored(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def _restore(workload: Workload, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+def _restore(workload: Workload, checkpoint: Path) -> None:
+    ranks = workload.ranks
+    trainable = _Stored(checkpoint / _file("trainable", ranks, ranks.original))
+    optimizer = _Stored(checkpoint / _file("optimizer", ranks, ranks.original))
+    own = _Stored(checkpoint / _file("optimizer", ranks, ranks.rank))
     with torch.no_grad():
         for name, parameter in workload.trainable.items():
-            parameter.copy_(like(trainable[name], parameter, name))
+            part = part_of(parameter)
+            part.copy_(like(trainable[name], part, name))
     workload.optimizer.load_state_dict(optimizer)
     owners.claim("optimizer", workload.optimizer.tensors())
     if workload.loss_scale is not None:
-        workload.loss_scale.load_state(optimizer[_LOSS_SCALE])
-    torch.set_rng_state(optimizer[_RANDOM])
+        workload.loss_scale.load_state(own[_LOSS_SCALE])
+    torch.set_rng_state(own[_RANDOM])
     if workload.device.type == "cuda":
-        torch.cuda.set_rng_state(optimizer[_CUDA_RANDOM], workload.device)
+        torch.cuda.set_rng_state(own[_CUDA_RANDOM], workload.device)
 
 
 def _trainable(workload: Workload) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in workload.trainable.items()}
+    return {name: part_of(parameter.detach()) for name, parameter in workload.trainable.items()}
 
 
-def _optimizer_state(workload: Workload) -> dict[str, Tensor]:
-    state = {**workload.optimizer.state_dict(), _RANDOM: torch.get_rng_state()}
+def _optimizer_state(workload: Workload, *, has_copy: bool) -> dict[str, Tensor]:
+    states = {} if has_copy else workload.optimizer.state_dict()
+    state = {**states, _RANDOM: torch.get_rng_state()}
     if workload.loss_scale is not None:
         state[_LOSS_SCALE] = workload.loss_scale.state()
     if workload.device.type == "cuda":

@@ -9,7 +9,7 @@ Shapes: R rows of the data set, T tokens of a row (S of a source row).
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,18 +46,21 @@ class DataSet:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def step_batches(self, recipe: Recipe, step: int) -> list[Batch]:
-        """The micro-batches of optimizer step `step` (from 0): a function of the recipe and the step alone."""
-        size = recipe.micro_batch_size
-        first = step * size * recipe.grad_accumulation
-        order = self._order(recipe.training.seed, first, size * recipe.grad_accumulation)
+    def step_batches(self, recipe: Recipe, step: int, *, data_rank: int = 0) -> list[Batch]:
+        """The micro-batches of optimizer step `step` (from 0) that are this rank's: a function of the recipe and the
+        step alone. Ranks take turns, so that all together read the rows that one would read in as many micro-batches.
+        """
+        size, ranks = recipe.micro_batch_size, recipe.parallel.data_ranks
+        first = step * recipe.rows_per_step
+        order = self._order(recipe.training.seed, first, recipe.rows_per_step)
         generator = torch.Generator().manual_seed(recipe.training.seed * 1_000_003 + first)
-        return [self._batch(order[start : start + size], generator) for start in range(0, len(order), size)]
+        batches = [self._batch(order[start : start + size], generator) for start in range(0, len(order), size)]
+        turns = [batches[start : start + ranks] for start in range(0, len(batches), ranks)]
+        return [replace(turn[data_rank], num_targets=sum(batch.num_targets for batch in turn)) for turn in turns]
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer steps of the run: `max_steps`, else enough to see each row once an epoch."""
-        per_step = recipe.micro_batch_size * recipe.grad_accumulation
-        return recipe.training.max_steps or -(-recipe.training.epochs * len(self) // per_step)
+        return recipe.training.max_steps or -(-recipe.training.epochs * len(self) // recipe.rows_per_step)
 
     def in_order(self, size: int) -> Iterator[Batch]:
         """Each row once, as in the file, `size` at a time, masked the same way each time; the last may be smaller."""

@@ -4,6 +4,8 @@ The head is also where the ledger changes lines: what it allocates is `loss`, an
 the gradient has passed through it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,7 +111,7 @@ class OutputHead:
 class LossModule(nn.Module):
     """The model with its loss as the one result: what sharding wraps, so that the head's weight is there for the loss.
 
-    Called for the forward pass of a micro-batch.
+    Called for the forward pass of a micro-batch. `look`: what to do instead, where the model is whole for it.
     """
 
     def __init__(self, model: nn.Module, head: OutputHead) -> None:
@@ -117,8 +119,18 @@ class LossModule(nn.Module):
         self.model = model
         self._head = head
 
-    def forward(self, inputs: dict[str, Tensor], labels: Tensor, *, scale: float) -> Tensor:
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        labels: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        look: Callable[[nn.Module, dict[str, Tensor]], None] | None = None,
+    ) -> Tensor | None:
         """As `OutputHead.loss`."""
+        if look is not None:
+            return look(self.model, inputs)
+        assert labels is not None
         return self._head.loss(self.model, inputs, labels, scale=scale)
 
 

@@ -10,6 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,8 @@ from brim.training.evaluation import mean_loss
 from brim.training.fake_quantized import save_integers
 from brim.training.metrics import Metrics, StepRecord
 from brim.training.packing import check_apart
+from brim.training.parts import part_of, whole_state
+from brim.training.ranks import ALONE, Ranks
 from brim.training.schedule import learning_rate
 from brim.training.step import train_step
 from brim.training.workplace import (
@@ -45,6 +48,8 @@ from brim.training.workplace import (
 )
 from brim.units import format_bytes
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+"""In what gloo and NCCL say when a process that they wait for is gone."""
 _RECENT_STEPS = 100
 """As many steps tell how long the rest will take."""
 
@@ -65,6 +70,7 @@ class Run:
     predicted: Prediction
     device: str = "cpu"
     resume: bool = False
+    ranks: Ranks = ALONE
 
 
 OnStep = Callable[[StepRecord], None]
@@ -77,22 +83,32 @@ def run(job: Run, *, on_step: OnStep = lambda _: None, should_stop: ShouldStop =
     With `resume` and nothing to go on from, the run starts at its beginning. Raises UsageError when OUTPUT is there
     already, another run works on it or the loss is no number, DoesNotFitError when the disk lacks the room,
     RanOutOfMemoryError with the ledger when memory ends all the same.
+
+    Of several ranks the first alone writes and tells of steps; a stop that one is asked for stops all.
     """
+    if not job.ranks.is_first:
+        return _run(job, on_step=lambda _: None, should_stop=should_stop)
     with alone(job.output):
-        return _run(job, on_step=on_step, should_stop=should_stop)
+        open_workplace(job.output, job.recipe, job.predicted.ledger, resume=job.resume)
+        try:
+            return _run(job, on_step=on_step, should_stop=should_stop)
+        finally:
+            discard_unbegun(job.output)
 
 
 def _run(job: Run, *, on_step: OnStep, should_stop: ShouldStop) -> RunReport:
-    open_workplace(job.output, job.recipe, job.predicted.ledger, resume=job.resume)
     try:
         with meter_for(torch.device(job.device)) as meter:
             torch.manual_seed(job.recipe.training.seed)
-            workload = build(job.recipe, job.spec, weights=job.weights, device=job.device)
+            workload = build(job.recipe, job.spec, weights=job.weights, device=job.device, ranks=job.ranks)
             _tell_classes(job, workload)
             if workload.head.chunked:
-                workload.head.check_finish(workload.model, _few_tokens(job, workload))
+                workload.loss(_few_tokens(job, workload), look=workload.head.check_finish)
             if job.recipe.training.packing:
-                check_apart(workload.model, _few_tokens(job, workload)["input_ids"])
+                workload.loss(_few_tokens(job, workload), look=check_apart)
+            if job.ranks.data_count > 1:
+                # From one seed all ranks would drop the same; those that see the same rows still must.
+                torch.manual_seed(job.recipe.training.seed + job.ranks.data_rank)
             history = _resumed(job, workload)
             _train(job, workload, history, meter, on_step=on_step, should_stop=should_stop)
         report = _report(job, history)
@@ -101,9 +117,8 @@ def _run(job: Run, *, on_step: OnStep, should_stop: ShouldStop) -> RunReport:
         raise
     except (RuntimeError, MemoryError) as error:
         _explain_out_of_memory(job, error)
+        _explain_lost_rank(job, error)
         raise
-    finally:
-        discard_unbegun(job.output)
     return report
 
 
@@ -160,16 +175,18 @@ def _train(
     # Loading maps the weights' file, which the profiler counts; it is page cache, not memory that the run needs.
     meter.start_over()
     history.measure(meter)
-    if should_stop():
+    if job.ranks.any(should_stop()):
         raise Stopped("stopped before the first step; start again with the same command and --resume")
-    with Metrics(workplace_of(job.output), first_step=len(history.losses)) as metrics:
-        for step in range(len(history.losses), steps):
+    first_step = len(history.losses)
+    with Metrics(workplace_of(job.output), first_step=first_step) if job.ranks.is_first else nullcontext() as metrics:
+        for step in range(first_step, steps):
             last = step + 1 == steps
             _step(job, workload, history, steps)
             record = _record(job, workload, history, meter, steps)
-            metrics.write(record)
+            if metrics is not None:
+                metrics.write(record)
             on_step(record)
-            stopping = should_stop() and not last
+            stopping = job.ranks.any(should_stop()) and not last
             if stopping or (training.save_every and (step + 1) % training.save_every == 0 and not last):
                 _save(job, workload, history)
             if stopping:
@@ -182,7 +199,8 @@ def _train(
 def _step(job: Run, workload: Workload, history: _History, steps: int) -> None:
     step, started = len(history.losses), time.perf_counter()
     rate = learning_rate(job.recipe, step, steps)
-    loss = float(train_step(workload, job.data.step_batches(job.recipe, step), learning_rate=rate))
+    batches = job.data.step_batches(job.recipe, step, data_rank=job.ranks.data_rank)
+    loss = float(train_step(workload, batches, learning_rate=rate))
     history.step_seconds.append(time.perf_counter() - started)
     history.losses.append(loss)
     _check_number(loss, f"the loss of step {step + 1}")
@@ -197,6 +215,7 @@ def _record(job: Run, workload: Workload, history: _History, meter: RealMeter, s
     """What is known after the step that was just done; evaluates when it is time to."""
     step, training, scale = len(history.losses), job.recipe.training, workload.loss_scale
     _, allocated_bytes = history.measure(meter)
+    allocated_bytes, peak_bytes = job.ranks.highest(allocated_bytes, history.peak.allocated_bytes)
     history.eval_loss = None
     if job.held is not None and (step == steps or (training.evaluate_every and step % training.evaluate_every == 0)):
         history.eval_loss = mean_loss(workload, job.held)
@@ -208,7 +227,7 @@ def _record(job: Run, workload: Workload, history: _History, meter: RealMeter, s
         learning_rate=learning_rate(job.recipe, step - 1, steps),
         tokens_per_s=job.recipe.tokens_per_step / history.step_seconds[-1],
         allocated_bytes=allocated_bytes,
-        peak_bytes=history.peak.allocated_bytes,
+        peak_bytes=peak_bytes,
         seconds_left=(steps - step) * statistics.median(history.step_seconds[-_RECENT_STEPS:]),
         eval_loss=history.eval_loss,
         loss_scale=None if scale is None else scale.value,
@@ -231,14 +250,19 @@ def _check_number(value: float, subject: str) -> None:
 
 def _check_weights(workload: Workload, step: int) -> None:
     """Raises UsageError when a gradient that was no number has reached the weights (the loss shows it a step later)."""
+    wrong = ""
     for name, parameter in workload.trainable.items():
-        total = float(parameter.detach().abs().amax())
-        _check_number(total, f"a weight of {name} after step {step}")
+        part = part_of(parameter.detach())
+        if part.numel() and not math.isfinite(part.abs().amax()):
+            wrong = wrong or name
+    # All ranks must know: those that went on would wait for this one.
+    if found := [name for name in workload.ranks.told(wrong) if name]:
+        _check_number(math.nan, f"a weight of {found[0]} after step {step}")
 
 
 def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:
     """Enough of the data for one look at the logits."""
-    batch = job.data.step_batches(job.recipe, 0)[0]
+    batch = job.data.step_batches(job.recipe, 0, data_rank=job.ranks.data_rank)[0]
     inputs = {"input_ids": batch.input_ids[:1, :8].to(workload.device)}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -248,6 +272,8 @@ def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:
 
 
 def _report(job: Run, history: _History) -> RunReport:
+    peaks = job.ranks.told((history.peak, history.ledger))
+    peak, ledger = max(peaks, key=lambda measured: measured[0].highest_bytes)
     step_time_s = statistics.median(history.step_seconds[1:] or history.step_seconds)
     evaluation = {}
     if history.eval_loss is not None:
@@ -260,8 +286,9 @@ def _report(job: Run, history: _History) -> RunReport:
         last_loss=history.losses[-1],
         predicted=job.predicted,
         measured=Measured(
-            peak=history.peak,
-            ledger=history.ledger,
+            peak=peak,
+            ledger=ledger,
+            ranks=tuple(own for own, _ in peaks) if job.ranks.count > 1 else (),
             step_time_s=step_time_s,
             tokens_per_s=job.recipe.tokens_per_step / step_time_s,
             meter=history.meter_name,
@@ -285,24 +312,38 @@ def environment() -> dict[str, str]:
 def _publish(job: Run, workload: Workload, history: _History, report: RunReport) -> None:
     """Model (or adapter), tokenizer and report into OUTPUT; when that fails, what was learned stays as a checkpoint."""
 
+    # Several ranks each have a part; those that do not write take part in gathering them.
+    whole = whole_state(workload.model, keep=job.ranks.is_first) if job.ranks.count > 1 else None
+
     def write(directory: Path) -> None:
         # Training needs it off; who uses the model expects it as it was.
         workload.base.config.use_cache = job.spec.config.get("use_cache", True)
         if isinstance(workload.model, PeftModel):
-            save_adapter(workload.model, job.spec, directory)
+            save_adapter(workload.model, job.spec, directory, state=whole)
         elif job.recipe.method == "qat":
             save_integers(workload.base, directory, job.recipe)
         else:
-            workload.base.save_pretrained(directory)
+            workload.base.save_pretrained(directory, state_dict=whole)
         job.tokenizer.save_pretrained(directory)
         write_whole(directory / "report.json", json.dumps(report.to_dict(), indent=2))
 
-    try:
-        publish(job.output, write)
-    except (OSError, SafetensorError) as error:
+    failure: OSError | SafetensorError | None = None
+    if job.ranks.is_first:
+        try:
+            publish(job.output, write)
+        except (OSError, SafetensorError) as error:
+            failure = error
+    if job.ranks.any(failure is not None):
         _save(job, workload, history)
+    if failure is not None:
         with explain_full_disk(job.output, "writing the model"):
-            raise error
+            raise failure
+
+
+def _explain_lost_rank(job: Run, error: BaseException) -> None:
+    """Raises Stopped when another process of the run has ended, which is the one that knows why."""
+    if job.ranks.count > 1 and any(words in str(error) for words in _LOST):
+        raise Stopped("another rank has ended; go on with the same command and --resume") from error
 
 
 def _explain_out_of_memory(job: Run, error: BaseException) -> None:

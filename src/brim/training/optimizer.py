@@ -19,6 +19,7 @@ from brim.memory import owners
 from brim.recipe import Optimizer
 from brim.training.adamw8bit import AdamW8bit
 from brim.training.lion import Lion
+from brim.training.parts import part_of, placed_like
 
 _MOMENTUM = 0.9
 _READ_AS_NUMBERS = {"adamw8bit": ("step",)}
@@ -109,24 +110,29 @@ class Stepper:
                 yield from (states.get(self._stepped(index)) or {}).values()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Name -> tensor: `INDEX.STATE`, states by torch's names (`exp_avg`, `step`), and `INDEX.master`."""
-        tensors = {f"{index}.master": master.detach() for index, master in enumerate(self._masters)}
+        """Name -> this rank's part: `INDEX.STATE`, states by torch's names (`exp_avg`, `step`), and `INDEX.master`."""
+        tensors = {f"{index}.master": part_of(master.detach()) for index, master in enumerate(self._masters)}
         for index, state in enumerate(self._states()):
-            tensors |= {f"{index}.{key}": value for key, value in state.items()}
+            tensors |= {f"{index}.{key}": part_of(value) for key, value in state.items()}
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave, bit by bit. Raises KeyError or ValueError when that was another's."""
         for index, master in enumerate(self._masters):
-            master.data.copy_(like(tensors[f"{index}.master"], master, f"{index}.master"))
+            part = part_of(master.data)
+            part.copy_(like(tensors[f"{index}.master"], part, f"{index}.master"))
         for index, parameter in enumerate(self._masters or self._parameters):
             optimizer = self._optimizers[index if self._one_by_one else 0]
             # A parameter without a gradient so far has no state.
-            models = _states_of(parameter, self._settings)
+            models = _states_of(part_of(parameter), self._settings)
             if any(f"{index}.{key}" in tensors for key in models):
                 optimizer.state[parameter] = {
-                    key: like(tensors[f"{index}.{key}"], model, f"{index}.{key}").to(
-                        "cpu" if key in _READ_AS_NUMBERS.get(self._settings.name, ()) else parameter.device, copy=True
+                    key: placed_like(
+                        like(tensors[f"{index}.{key}"], model, f"{index}.{key}").to(
+                            "cpu" if key in _READ_AS_NUMBERS.get(self._settings.name, ()) else parameter.device,
+                            copy=True,
+                        ),
+                        parameter,
                     )
                     for key, model in models.items()
                 }

@@ -62,8 +62,9 @@ def check_takes_positions(model: nn.Module) -> None:
         )
 
 
-def check_apart(model: nn.Module, input_ids: Tensor) -> None:
+def check_apart(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     """Raises RecipeError when an example's logits depend on the one before it in its row. `input_ids`: 1T."""
+    input_ids = inputs["input_ids"]
     positions = halves(1, input_ids.shape[1]).to(input_ids.device)
     second = input_ids.shape[1] // 2
     model.eval()

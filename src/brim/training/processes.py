@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
-from brim.errors import RanOutOfMemoryError
+from brim.errors import RanOutOfMemoryError, Stopped
 
 RENDEZVOUS = "BRIM_RENDEZVOUS"
 """Environment variable: the file where local ranks meet; without it they meet where torchrun says."""
@@ -29,8 +29,13 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this process is alone, or the first of several: the one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run_ranks(command: Sequence[str], count: int, *, environment: Mapping[str, str] | None = None) -> int:
-    """The exit code of the first rank that failed, or 0. SIGINT and SIGTERM are passed on to all of them.
+    """The exit code of the rank that ended the others, or 0. SIGINT and SIGTERM are passed on to all of them.
 
     Raises RanOutOfMemoryError when the system killed one.
     """
@@ -45,7 +50,7 @@ def run_ranks(command: Sequence[str], count: int, *, environment: Mapping[str, s
             return 0
         code = ranks[failed].returncode
         log = _log_of(Path(place), failed)
-        if failed > 0:
+        if failed > 0 and ranks[0].returncode != code:  # else the first has said the same
             sys.stderr.write(log.read_text(encoding="utf-8", errors="replace")[-4000:])
         if code == -signal.SIGKILL:
             raise RanOutOfMemoryError(
@@ -78,20 +83,29 @@ def _log_of(place: Path, rank: int) -> Path:
 
 
 def _wait(ranks: "Sequence[subprocess.Popen[bytes]]") -> int | None:
-    """Until all have ended: None when all went well, else the first that failed."""
-    failed, patience_ends = None, 0.0
+    """Until all have ended, or one has failed and the others had time to: None when all went well, else the cause."""
+    patience_ends = None
     while any(rank.poll() is None for rank in ranks):
-        if failed is None:
-            failed = _first_failed(ranks)
-            patience_ends = time.monotonic() + _GRACE_S
-        elif time.monotonic() > patience_ends:
+        now = time.monotonic()
+        if patience_ends is None and _cause(ranks) is not None:
+            patience_ends = now + _GRACE_S
+        elif patience_ends is not None and now > patience_ends:
             break
         time.sleep(_POLL_S)
-    return failed if failed is not None else _first_failed(ranks)
+    return _cause(ranks)
 
 
-def _first_failed(ranks: "Sequence[subprocess.Popen[bytes]]") -> int | None:
-    return next((number for number, rank in enumerate(ranks) if rank.poll() not in (None, 0)), None)
+def _cause(ranks: "Sequence[subprocess.Popen[bytes]]") -> int | None:
+    """Of the ranks that have failed the one that made the others fail: was killed, or else knows what is wrong."""
+    failed = [number for number, rank in enumerate(ranks) if rank.poll() not in (None, 0)]
+    return min(failed, key=lambda number: _blame(ranks[number].returncode), default=None)
+
+
+def _blame(code: int) -> int:
+    """Lower for what comes first: a rank that lost another ends as one that was stopped does."""
+    if code < 0:
+        return 0
+    return 2 if code == Stopped.exit_code else 1
 
 
 def _end(ranks: "Sequence[subprocess.Popen[bytes]]") -> None:

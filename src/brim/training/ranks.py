@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from brim.errors import UsageError
 from brim.recipe import Recipe
+from brim.training.gloo import settled
 from brim.training.processes import RENDEZVOUS
 
 _TIMEOUT = timedelta(minutes=10)
@@ -37,6 +40,23 @@ class Ranks:
     def is_first(self) -> bool:
         """The one that prints and writes."""
         return self.rank == 0
+
+    @property
+    def count(self) -> int:
+        """All processes."""
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
+    def over_gloo(self) -> bool:
+        """Real processes whose tensors are a processor's."""
+        return self.mesh is not None and self.mesh.device_type == "cpu" and dist.get_backend() == "gloo"
+
+    @property
+    def original(self) -> int:
+        """The first rank that holds the same parts of weights: this one, unless the model has copies."""
+        if self.mesh is None or "replicate" not in (self.mesh.mesh_dim_names or ()):
+            return self.rank
+        return self.rank % (self.mesh.size() // self.mesh["replicate"].size())
 
     @property
     def data(self) -> DeviceMesh | None:
@@ -62,16 +82,37 @@ class Ranks:
         """Sum over the ranks that see different rows, in place."""
         if self.data is not None:
             for name in self.data.mesh_dim_names or ():
-                dist.all_reduce(tensor, group=self.data.get_group(name))
+                settled(tensor, partial(dist.all_reduce, group=self.data.get_group(name)))
         return tensor
+
+    @property
+    def data_count(self) -> int:
+        """As many shares of the rows there are."""
+        return 1 if self.data is None else self.data.size()
+
+    def told(self, value: Any) -> list[Any]:
+        """Each rank's value, by rank; all of them wait for each other here."""
+        if self.mesh is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def highest(self, *values: int) -> tuple[int, ...]:
+        """Each value's highest over all ranks."""
+        if self.mesh is None:
+            return values
+        found = torch.tensor(values, dtype=torch.int64, device=self.mesh.device_type)
+        settled(found, partial(dist.all_reduce, op=dist.ReduceOp.MAX))
+        return tuple(found.tolist())
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.any(False)
 
     def any(self, asked: bool) -> bool:
         """Whether any process was asked; the same answer in all."""
-        if self.mesh is None:
-            return asked
-        answer = torch.tensor([asked], dtype=torch.int32, device=self.mesh.device_type)
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-        return bool(answer.item())
+        return bool(self.highest(asked)[0])
 
 
 ALONE = Ranks()

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from brim.memory import owners
 from brim.recipe import Recipe
+from brim.training.gloo import GatherByBroadcast, ReduceInPlace
 from brim.training.ranks import Ranks
 
 _Given = ParamSpec("_Given")
@@ -47,6 +48,9 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
             # The loss is divided by the targets of all ranks already, so gradients are summed and not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if ranks.over_gloo:
+                module.set_custom_all_gather(GatherByBroadcast())
+                module.set_custom_reduce_scatter(ReduceInPlace())
             _watch(module)
     return root
 

@@ -12,6 +12,7 @@ from brim.recipe import Recipe
 from brim.report import Prediction
 from brim.training.data import tokenize
 from brim.training.loop import Run
+from brim.training.ranks import ALONE, Ranks
 from brim.training.rows import read_rows
 from brim.units import Progress, no_progress
 
@@ -26,6 +27,7 @@ def prepare(
     predicted: Prediction,
     device: str = "cpu",
     resume: bool = False,
+    ranks: Ranks = ALONE,
     progress: Progress = no_progress,
 ) -> Run:
     """Everything a run needs. Reads the data first: it is what most often is wrong, and fast to see.
@@ -47,6 +49,7 @@ def prepare(
         predicted=predicted,
         device=device,
         resume=resume,
+        ranks=ranks,
     )
 
 

@@ -114,7 +114,7 @@ class SeesAll(nn.Module):
 def test_a_model_that_looks_across_is_refused() -> None:
     """A model that takes positions and still lets examples see each other is found out before the first step."""
     with pytest.raises(RecipeError, match="sees those before it"):
-        check_apart(SeesAll(), torch.arange(8)[None])
+        check_apart(SeesAll(), {"input_ids": torch.arange(8)[None]})
 
 
 def test_nothing_to_learn(make_recipe: MakeRecipe, tokenizer: Any) -> None:
