@@ -35,8 +35,9 @@ _SHARDED = [
     ("llama", 10, (*_ZERO_3, _CHECKPOINTED), "h100"), ("qwen3-moe", 8, _ZERO_2, "cpu"),
     ("gpt-2", 8, _HSDP, "cpu"), ("gemma-2", 16, (*_ZERO_3, _CHECKPOINTED, "memory.loss=chunked"), "cpu"),
 ]  # fmt: skip
+_QLORA = ("method=qlora", "precision.weights=nf4")
 _CASES = [
-    ("llama", 8, _LORA_MIXED), ("gpt-2", 8, _MASTER), ("bloom", 8, _MIXED),
+    ("llama", 8, _LORA_MIXED), ("gpt-2", 8, _MASTER), ("bloom", 8, _QLORA),
     ("qwen3-moe", 8, _LORA), ("deepseek-v3", 8, _FULL), ("mamba-2", 8, _MIXED), ("bert", 8, _IN_BACKWARD),
     ("gpt-oss", 16, _LORA),
 ]  # fmt: skip

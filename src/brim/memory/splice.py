@@ -6,8 +6,9 @@ optimizer's loop over parameters, and so on. `continued` finds these chunks in t
 (or periods of blocks) and repeats them as often as asked.
 
 Which block a free ends is said without naming it: the r-th youngest, or the r-th oldest, of the living ones of its
-kind (size and line). That holds in every repetition, since backward frees in the reverse order of forward. Frees
-without an allocation between them may come in any order (autograd's changes from run to run): it decides nothing.
+kind (size and line), where r may grow with the number of repetitions. That holds in each of them, since backward frees
+in the reverse order of forward, and loops over parameters in their order. Frees without an allocation between them may
+come in any order (autograd's changes from run to run): it decides nothing.
 
 Nothing is guessed: a chunk must be in the third trace twice, sizes that grow with the number of blocks must grow in a
 straight line, and the rule of a free must be the same wherever its event is in the three. Else there is no answer, and
@@ -27,6 +28,8 @@ _Token = tuple[bool, int, str]
 """What of an event is compared: allocated or freed, bytes, line."""
 _Kind = tuple[int, int, str]
 """What tells blocks apart: bytes in the shortest model, bytes more with each repetition, line."""
+_Rank = tuple[int, int, int]
+"""Repetitions in the trace, and which of the living of its kind a free ended: from the oldest, from the youngest."""
 _Place = tuple[int, int, int]
 """A position in each of the three traces."""
 
@@ -52,7 +55,7 @@ def continued(traces: tuple[Trace, Trace, Trace], *, times: int) -> Trace | None
     if stretches is None:
         return None
     pattern = [token for stretch in stretches for token in _steps(tokens, stretch)]
-    ranks = _ranks(events, stretches, [kind for _, kind in pattern])
+    ranks = _ranks(events, stretches, [kind for _, kind in pattern], times)
     if ranks is None:
         return None
     trace, living = Trace(), defaultdict[_Kind, list[Block]](list)
@@ -146,13 +149,16 @@ def _order(stretches: Sequence[_Stretch], times: int) -> Iterator[int]:
 
 
 def _ranks(
-    events: Sequence[Sequence[_Event]], stretches: Sequence[_Stretch], kinds: Sequence[_Kind]
+    events: Sequence[Sequence[_Event]], stretches: Sequence[_Stretch], kinds: Sequence[_Kind], times: int
 ) -> dict[int, int] | None:
-    """Which of the living of its kind each free ends: 0 the oldest, -1 the youngest. None where no rule holds."""
-    seen: dict[int, tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
-    for times, each in enumerate(events):
+    """Which of the living of its kind each free ends after `times` repetitions: 0 the oldest, -1 the youngest.
+
+    None where no rule holds.
+    """
+    seen: dict[int, list[_Rank]] = defaultdict(list)
+    for repetitions, each in enumerate(events):
         living = defaultdict[_Kind, list[int]](list)
-        for step, (allocated, block) in zip(_order(stretches, times), each, strict=True):
+        for step, (allocated, block) in zip(_order(stretches, repetitions), each, strict=True):
             alike = living[kinds[step]]
             if allocated:
                 alike.append(id(block))
@@ -160,10 +166,23 @@ def _ranks(
             if id(block) not in alike:
                 return None
             rank = alike.index(id(block))
-            from_oldest, from_youngest = seen[step]
-            from_oldest.add(rank)
-            from_youngest.add(rank - len(alike))
+            seen[step].append((repetitions, rank, rank - len(alike)))
             del alike[rank]
-    if any(min(map(len, ranks)) > 1 for ranks in seen.values()):
-        return None
-    return {step: (youngest if len(youngest) == 1 else oldest).pop() for step, (oldest, youngest) in seen.items()}
+    found = {step: _rule(ranks, times) for step, ranks in seen.items()}
+    ruled = {step: rank for step, rank in found.items() if rank is not None}
+    return ruled if len(ruled) == len(found) else None
+
+
+def _rule(seen: Sequence[_Rank], times: int) -> int | None:
+    """The rank after `times` repetitions: the same from the youngest or from the oldest, or behind more older ones with
+    each repetition (what lived before the loop). Three sightings of two numbers: the third confirms."""
+    _, oldest, youngest = seen[0]
+    if all(rank == youngest for *_, rank in seen):
+        return youngest
+    if all(rank == oldest for _, rank, _ in seen):
+        return oldest
+    (first, low, _), (last, high, _) = seen[0], seen[-1]
+    growth = (high - low) // (last - first)
+    if all(rank == low + growth * (repetitions - first) for repetitions, rank, _ in seen):
+        return low + growth * (times - first)
+    return None
