@@ -1,16 +1,18 @@
 """AdamW over states of 8 bits, as bitsandbytes holds them: a code an element, the largest of 256 as their scale.
 
-On CUDA the update is bitsandbytes' kernel. Its CPU form makes six FP32 copies of the whole parameter while it steps;
-here the same operators run on a part of it at a time, with the same bits as result (tests/cpu/training/test_adamw8bit).
-Dettmers et al. 2021, arXiv 2110.02861. Shapes: N elements, A blocks of 256.
+On CUDA the update is bitsandbytes' kernel. Its CPU form makes six FP32 copies of the whole parameter while it steps,
+and finds codes by a table whose cells are 3e-5 wide, so that what is smaller than that beside the largest of its block
+gets any of some ten codes. Here a part of the parameter is stepped at a time, and every code is the nearest
+(`nearest_codes`), as in its CUDA kernel. Dettmers et al. 2021, arXiv 2110.02861. Shapes: N elements, A blocks of 256.
 """
 
 from dataclasses import dataclass
 from math import ceil, sqrt
 
 import torch
-from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor
+
+from brim.layers.nearest_code import SIGNED, UNSIGNED, nearest_codes, table_of
 
 BLOCK = 256
 SMALLEST = 4096
@@ -21,10 +23,6 @@ _LEAST_AT_ONCE = 2**18
 _MOST_PARTS = 16
 """Parts that a parameter is stepped in at most: its temporaries are then about 1.3 bytes an element."""
 
-# Constants of the format, as numbers: what is made from them is fake in a rehearsal and real in a run.
-_SIGNED = create_dynamic_map(signed=True).tolist()
-_UNSIGNED = create_dynamic_map(signed=False).tolist()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Maps:
@@ -34,10 +32,21 @@ class Maps:
     """Of the first moment."""
     unsigned: Tensor
     """Of the second."""
+    tables: tuple[Tensor, ...]
+    """Of `nearest_codes`: of the first and of the second; none where a kernel finds the codes."""
 
     @classmethod
     def on(cls, device: torch.device) -> "Maps":
-        return cls(signed=torch.tensor(_SIGNED, device=device), unsigned=torch.tensor(_UNSIGNED, device=device))
+        """Made from numbers: fake in a rehearsal and real in a run."""
+        tables = () if has_kernel(device) else (table_of(SIGNED), table_of(UNSIGNED))
+        return cls(
+            signed=torch.tensor(SIGNED, device=device),
+            unsigned=torch.tensor(UNSIGNED, device=device),
+            tables=tuple(torch.tensor(table, dtype=torch.int32, device=device) for table in tables),
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.signed, self.unsigned, *self.tables)
 
 
 def new_state(parameter: Tensor, *, device: torch.device | None = None) -> dict[str, Tensor]:
@@ -76,7 +85,7 @@ def adam_update(
 def _by_operators(
     flat_N: Tensor, gradient_N: Tensor, state: dict[str, Tensor], maps: Maps, *, step: int, rate: float, decay: float
 ) -> None:
-    """What bitsandbytes 0.50's CPU kernel does (backends/cpu/ops.py), operator by operator."""
+    """What bitsandbytes' kernels do, operator by operator."""
     first_N, second_N = _decoded(state, 1, maps.signed), _decoded(state, 2, maps.unsigned)
     gradient_N, weight_N = gradient_N.float(), flat_N.float()
     first_N.mul_(_BETAS[0]).add_(gradient_N, alpha=1 - _BETAS[0])
@@ -88,8 +97,9 @@ def _by_operators(
     del denominator_N
     if weight_N.dtype != flat_N.dtype:
         flat_N.copy_(weight_N)
-    _encode(first_N, state, 1, maps.signed)
-    _encode(second_N, state, 2, maps.unsigned)
+    _encode(first_N, state, 1, maps)
+    del first_N
+    _encode(second_N, state, 2, maps)
 
 
 def _decoded(state: dict[str, Tensor], number: int, code: Tensor) -> Tensor:
@@ -103,13 +113,20 @@ def _decoded(state: dict[str, Tensor], number: int, code: Tensor) -> Tensor:
     return decoded
 
 
-def _encode(moment_N: Tensor, state: dict[str, Tensor], number: int, code: Tensor) -> None:
+def _encode(moment_N: Tensor, state: dict[str, Tensor], number: int, maps: Maps) -> None:
+    """Into the state; writes over `moment_N`."""
     stored = state[f"state{number}"]
     if stored.dtype == torch.float32:
         return  # it was updated in place
-    codes, absmax_A = torch.ops.bitsandbytes.quantize_blockwise(moment_N, code, BLOCK)
-    stored.copy_(codes)
-    state[f"absmax{number}"].copy_(absmax_A)
+    absmax_A = state[f"absmax{number}"]
+    whole = moment_N.numel() // BLOCK
+    for blocks, elements in ((slice(whole), slice(whole * BLOCK)), (slice(whole, None), slice(whole * BLOCK, None))):
+        part = moment_N[elements]
+        if part.numel():
+            rows = part.view(-1, min(part.numel(), BLOCK))  # the last block of a parameter may be shorter
+            torch.amax(rows.abs(), dim=1, out=absmax_A[blocks])
+            rows.div_(absmax_A[blocks, None])
+    stored.copy_(nearest_codes(moment_N, maps.tables[number - 1]))
 
 
 def _by_kernel(

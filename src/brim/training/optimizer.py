@@ -96,7 +96,7 @@ class Stepper:
         """Everything that lives from step to step: states and master copies."""
         yield from self._masters
         if self._maps is not None:
-            yield from (self._maps.signed, self._maps.unsigned)
+            yield from self._maps.tensors()
         for optimizer in self._optimizers:
             for state in optimizer.state.values():
                 yield from state.values()
