@@ -21,7 +21,7 @@ _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 _LEAST_AT_ONCE = 2**18
 _MOST_PARTS = 16
-"""Parts that a parameter is stepped in at most: its temporaries are then about 1.3 bytes an element."""
+"""Parts that a parameter is stepped in at most: its temporaries are then about 1 byte an element."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +87,11 @@ def _by_operators(
 ) -> None:
     """What bitsandbytes' kernels do, operator by operator."""
     first_N, second_N = _decoded(state, 1, maps.signed), _decoded(state, 2, maps.unsigned)
-    gradient_N, weight_N = gradient_N.float(), flat_N.float()
+    gradient_N = gradient_N.float()
     first_N.mul_(_BETAS[0]).add_(gradient_N, alpha=1 - _BETAS[0])
     second_N.mul_(_BETAS[1]).addcmul_(gradient_N, gradient_N, value=1 - _BETAS[1])
+    del gradient_N
+    weight_N = flat_N.float()
     denominator_N = second_N.sqrt().div_(sqrt(1 - _BETAS[1] ** step)).add_(_EPSILON)
     if decay > 0:
         weight_N.mul_(1 - rate * decay)
@@ -97,6 +99,7 @@ def _by_operators(
     del denominator_N
     if weight_N.dtype != flat_N.dtype:
         flat_N.copy_(weight_N)
+    del weight_N
     _encode(first_N, state, 1, maps)
     del first_N
     _encode(second_N, state, 2, maps)

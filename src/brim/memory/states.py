@@ -31,8 +31,8 @@ class StateCost:
         whole = self.temporaries * element_bytes * elements
         if not self.in_parts:
             return whole
-        # moments and denominator; of 16-bit weights also gradient and weight
-        return whole + (12 if element_bytes == 4 else 20) * min(elements, max(2**18, elements // 16))
+        # moments, cells and codes
+        return whole + 16 * min(elements, max(2**18, elements // 16))
 
 
 _COSTS = {

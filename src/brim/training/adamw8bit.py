@@ -4,7 +4,7 @@ How this differs from bitsandbytes' own: it steps in parts on a CPU, its state i
 holds it), and it can be made from fake parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from brim.layers.blockwise_adam import Maps, adam_update, new_state
 class AdamW8bit(torch.optim.Optimizer):
     """States: `state1`, `state2` (codes; FP32 for small parameters), `absmax1`, `absmax2`, and `step`."""
 
-    def __init__(self, parameters: list[Tensor], *, lr: float, weight_decay: float, maps: Maps) -> None:
+    def __init__(self, parameters: Iterable[Any], *, lr: float, weight_decay: float, maps: Maps) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self._maps = maps
 

@@ -17,7 +17,7 @@ from brim.models.skeleton import DTYPES, attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
 from brim.training.checkpointing import checkpoint_blocks
-from brim.training.fake_quantized import quantize_fake
+from brim.training.fake_quantized import quantize_fake, scales_of
 from brim.training.fused_norm import fuse_norms
 from brim.training.head import LossModule, OutputHead
 from brim.training.loss_scale import LossScale
@@ -105,6 +105,7 @@ def build(
         recipe.optimizer,
         fp32_master=recipe.precision.master == "fp32" and recipe.plain_format != "fp32",
         fused=recipe.library.adamw == "fused",
+        undecayed=scales_of(model),
     )
     owners.claim("optimizer", optimizer.tensors())
     owners.switch("workspace")

@@ -35,8 +35,14 @@ def quantize_fake(model: PreTrainedModel, recipe: Recipe) -> None:
     if not swap(model, match=inner_linears(model, recipe.task), make=make):
         raise RecipeError(f'{type(model).__name__} has no linear layer to quantize; nearest: method = "full"')
     if recipe.qat.train == "scales":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(".scale"))
+        model.requires_grad_(False)
+        for scale in scales_of(model):
+            scale.requires_grad_(True)
+
+
+def scales_of(model: nn.Module) -> list[nn.Parameter]:
+    """The learned scales: weight decay, which pulls to zero, is not for them."""
+    return [module.scale for module in model.modules() if isinstance(module, FakeQuantizedLinear)]
 
 
 def save_integers(model: PreTrainedModel, directory: Path, recipe: Recipe) -> None:

@@ -4,7 +4,7 @@ One state and, while a parameter is stepped, one temporary of its size. Step wit
 smaller than AdamW's, as the paper advises: every element moves by all of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ _BETAS = (0.9, 0.99)
 class Lion(torch.optim.Optimizer):
     """m: momentum, g: gradient. p -= rate * (sign(0.9 m + 0.1 g) + decay p), then m = 0.99 m + 0.01 g."""
 
-    def __init__(self, parameters: list[Tensor], *, lr: float, weight_decay: float) -> None:
+    def __init__(self, parameters: Iterable[Any], *, lr: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -8,8 +8,9 @@ In backward each parameter has one, too, and is stepped when its gradient is com
 sum). A gradient that backward does not bring, that of an untied head under the chunked loss, waits for `step`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,19 @@ _READ_AS_NUMBERS = {"adamw8bit": ("step",)}
 
 
 class Stepper:
-    """Steps parameters from their gradients and frees the gradients."""
+    """Steps parameters from their gradients and frees the gradients.
+
+    `undecayed`: those of the parameters that weight decay leaves alone.
+    """
 
     def __init__(
-        self, parameters: list[nn.Parameter], settings: Optimizer, *, fp32_master: bool, fused: bool = True
+        self,
+        parameters: list[nn.Parameter],
+        settings: Optimizer,
+        *,
+        fp32_master: bool,
+        fused: bool = True,
+        undecayed: Iterable[nn.Parameter] = (),
     ) -> None:
         self._parameters = parameters
         self._masters = [nn.Parameter(p.detach().float()) for p in parameters] if fp32_master else []
@@ -38,7 +48,12 @@ class Stepper:
         groups = [[parameter] for parameter in self._masters or parameters] if one_by_one else [parameters]
         self._settings = settings
         self._maps = Maps.on(parameters[0].device) if settings.name == "adamw8bit" else None
-        self._optimizers = [_optimizer(group, settings, fused=fused, maps=self._maps) for group in groups]
+        kept = {id(parameter) for parameter in undecayed}
+        spared = [own for own, p in zip(self._masters or parameters, parameters, strict=True) if id(p) in kept]
+        self._optimizers = [
+            _optimizer(_groups(group, spared, settings.weight_decay), settings, fused=fused, maps=self._maps)
+            for group in groups
+        ]
         self._one_by_one = one_by_one
         if settings.in_backward:
             for index, parameter in enumerate(parameters):
@@ -47,7 +62,8 @@ class Stepper:
     def set_learning_rate(self, learning_rate: float) -> None:
         """Of the steps from now on; before backward, which may step."""
         for optimizer in self._optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
 
     def step(self, factor: float = 1.0) -> None:
         """One update from the gradients there are, each times `factor`; afterwards no parameter has one."""
@@ -142,8 +158,17 @@ class Stepper:
             yield self._optimizers[index if self._one_by_one else 0].state.get(parameter, {})
 
 
+def _groups(owned: list[nn.Parameter], spared: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """As torch's optimizers take them: what decays, and what does not."""
+    kept = {id(parameter) for parameter in spared}
+    decayed = [parameter for parameter in owned if id(parameter) not in kept]
+    alone = [parameter for parameter in owned if id(parameter) in kept]
+    pairs = ((decayed, decay), (alone, 0.0))
+    return [{"params": chosen, "weight_decay": own} for chosen, own in pairs if chosen]
+
+
 def _optimizer(
-    parameters: list[nn.Parameter], settings: Optimizer, *, fused: bool, maps: Maps | None
+    parameters: list[dict[str, Any]], settings: Optimizer, *, fused: bool, maps: Maps | None
 ) -> torch.optim.Optimizer:
     rate, decay = settings.learning_rate, settings.weight_decay
     match settings.name:
@@ -157,10 +182,10 @@ def _optimizer(
         case "adafactor":
             return torch.optim.Adafactor(parameters, lr=rate, weight_decay=decay, foreach=False)
         case "lion":
-            return Lion(list(parameters), lr=rate, weight_decay=decay)
+            return Lion(parameters, lr=rate, weight_decay=decay)
         case "adamw8bit":
             assert maps is not None
-            return AdamW8bit(list(parameters), lr=rate, weight_decay=decay, maps=maps)
+            return AdamW8bit(parameters, lr=rate, weight_decay=decay, maps=maps)
 
 
 def _states_of(parameter: Tensor, settings: Optimizer) -> dict[str, Tensor]:

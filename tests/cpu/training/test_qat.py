@@ -17,7 +17,7 @@ from brim.checkpoints.layouts import pack_quantized
 from brim.errors import RecipeError, Stopped
 from brim.layers.fake_quantize import FakeQuantizedLinear
 from brim.models import describe
-from brim.recipe import Precision, Qat, Recipe, Training
+from brim.recipe import Optimizer, Precision, Qat, Recipe, Training
 from brim.training.batches import synthetic_batch
 from brim.training.build import Workload, build
 from brim.training.fake_quantized import save_integers
@@ -64,6 +64,27 @@ def test_scales_alone(make_recipe: MakeRecipe, make_workload: MakeWorkload) -> N
     losses = [float(train_step(workload, [batch], learning_rate=3e-3)) for _ in range(12)]
     assert losses[-1] < losses[0]
     assert all(torch.equal(dict(workload.model.named_parameters())[name], tensor) for name, tensor in frozen.items())
+
+
+@pytest.mark.parametrize("master", ["none", "fp32"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "sgd", "lion"])
+def test_weight_decay_leaves_scales_alone(
+    name: Any, master: Any, make_recipe: MakeRecipe, make_workload: MakeWorkload
+) -> None:
+    """After a step with weight decay every scale is what it is without, and weights are not."""
+    ends = []
+    for decay in (0.0, 0.5):
+        optimizer = Optimizer(name=name, weight_decay=decay, learning_rate=1e-2)
+        precision = Precision(weights="bf16" if master == "fp32" else "fp32", master=master,
+                              compute="bf16" if master == "fp32" else "fp32")  # fmt: skip
+        qat = Qat(granularity="group:16")
+        recipe = make_recipe("llama", method="qat", qat=qat, optimizer=optimizer, precision=precision)
+        workload = make_workload(recipe)
+        train_step(workload, [synthetic_batch(recipe, describe(recipe.model))], learning_rate=1e-2)
+        ends.append(workload.trainable)
+    plain, decayed = ends
+    for key, tensor in plain.items():
+        assert torch.equal(tensor, decayed[key]) == key.endswith(".scale"), key
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group:16"])
