@@ -4,6 +4,7 @@ Two steps are run: the optimizer's state appears in the first, the steady peak i
 blocks repeat, three short ones are run instead, and their traces continued: the same trace, event by event.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -63,7 +64,7 @@ def rehearse(
         tokens_per_s=recipe.tokens_per_step / seconds,
         method="rehearsal",
         error_band=ERROR_BAND if device.kind == "cpu" else gpu_band(recipe, risk=risk),
-        reasons=tuple(recipe.warnings()),
+        reasons=(*recipe.warnings(), *_offload_in_vain(recipe, device)),
     )
 
 
@@ -74,6 +75,12 @@ def _step_time(spec: ModelSpec, recipe: Recipe, device: Device, work: StepWork) 
     if device.operators is None:
         return step_time(spec, recipe, device), roofline_basis(device)
     return work.seconds(device.operators), OPERATORS
+
+
+def _offload_in_vain(recipe: Recipe, device: Device) -> list[str]:
+    if device.kind == "cpu" and recipe.memory.offload != "none":
+        return ["memory.offload saves nothing on a CPU, whose memory is the host's: it costs a copy of the weights"]
+    return []
 
 
 def peak_on(device: Device, trace: Trace) -> tuple[Peak, Ledger]:
@@ -97,6 +104,7 @@ def _peak_on(device: Device, trace: Trace) -> tuple[Peak, Ledger, int]:
         allocated_bytes=held.allocated_bytes,
         reserved_bytes=held.reserved_bytes,
         device_bytes=held.reserved_bytes + context,
+        host_bytes=None if trace.host is None else trace.host.peak_bytes,
     )
     whole = replace(ledger, context=context, fragmentation=held.reserved_bytes - ledger.total)
     return peak, whole, held.peak_index
@@ -142,13 +150,23 @@ def splice(
         if len(traces) < 3:
             continue
         times = shorter.times - (more - 2)
-        trace = continued((traces[-3], traces[-2], traces[-1]), times=times)
+        trace = _continued(traces[-3:], times)
         work = continued_work((works[-3], works[-2], works[-1]), times=times)
         if trace is not None and work is not None:
             if operators is not None:
                 operators.work = work
             return trace
     return None
+
+
+def _continued(traces: Sequence[Trace], times: int) -> Trace | None:
+    """The device's trace and, where there is one, the host's."""
+    first, second, third = traces
+    trace = continued((first, second, third), times=times)
+    if trace is not None and first.host is not None and second.host is not None and third.host is not None:
+        trace.host = continued((first.host, second.host, third.host), times=times)
+        return None if trace.host is None else trace
+    return trace
 
 
 def goes_block_by_block(recipe: Recipe) -> bool:
@@ -181,6 +199,8 @@ def whole_trace(
     ):
         if device is not None and device.kind == "cuda":
             stack.enter_context(cuda_kernels(device, world.meter))
+            if recipe.memory.offload != "none":
+                world.meter.trace.host = Trace()
         workload = build(recipe, spec, ranks=ranks)
         if ranks.mesh is not None:
             world.meter.trace.forget_past()  # real weights are divided while they are read, and never whole

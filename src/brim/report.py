@@ -49,6 +49,8 @@ class Peak:
     allocated_bytes: int
     reserved_bytes: int | None = None
     device_bytes: int | None = None
+    host_bytes: int | None = None
+    """Beside the device's, in the host's memory, at that memory's own worst moment: what is offloaded."""
 
     @property
     def highest_bytes(self) -> int:
@@ -56,10 +58,12 @@ class Peak:
         return self.allocated_bytes if self.device_bytes is None else self.device_bytes
 
     def to_dict(self) -> dict[str, int | None]:
+        host = {} if self.host_bytes is None else {"host_bytes": self.host_bytes}
         return {
             "allocated_bytes": self.allocated_bytes,
             "reserved_bytes": self.reserved_bytes,
             "device_bytes": self.device_bytes,
+            **host,
         }
 
 

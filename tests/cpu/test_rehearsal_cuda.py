@@ -132,6 +132,27 @@ def test_states_of_8_bits_take_no_temporaries_on_a_gpu() -> None:
     assert replace(eight, optimizer=0, fragmentation=0) == replace(whole, optimizer=0, fragmentation=0)
 
 
+@pytest.mark.parametrize("settings", [(), ("precision.master=fp32",)])
+def test_what_is_offloaded_is_not_on_the_gpu(settings: tuple[str, ...]) -> None:
+    """The device holds no optimizer state, and all else as before; the host holds the states and its own weights."""
+    recipe = Recipe(model="smollm2-135m", seq_len=64).with_settings(settings)
+    here = predicted(recipe, find("a100"))
+    apart = predicted(recipe.with_settings(["memory.offload=optimizer"]), find("a100"))
+    assert apart.ledger.optimizer == 0 < here.ledger.optimizer
+    assert replace(apart.ledger, fragmentation=0) == replace(here.ledger, optimizer=0, fragmentation=0)
+    # what the allocator does not split off a block counts as allocated, and other blocks are reused than before
+    assert apart.peak.allocated_bytes < here.peak.allocated_bytes - 0.99 * here.ledger.optimizer
+    count = describe(recipe.model).num_parameters
+    held = 12 * count if settings else 6 * count
+    largest_gradient = 6 * 49152 * 576
+    assert here.peak.host_bytes is None
+    assert apart.peak.host_bytes is not None
+    assert held < apart.peak.host_bytes < 1.01 * held + largest_gradient
+    assert apart.peak.to_dict()["host_bytes"] == apart.peak.host_bytes
+    assert "host_bytes" not in here.peak.to_dict()
+    assert apart.step_time_s > here.step_time_s
+
+
 def test_the_command_line_names_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """`brim predict --gpu` prints the three peaks of a GPU that is not here; a typo ends with code 2 and near names."""
     assert main(["predict", "smollm2-135m", "--gpu", "rtx 4090", "--seq-len", "64", "--json"]) == 0

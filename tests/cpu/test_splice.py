@@ -27,6 +27,7 @@ _MIXED = ("precision.weights=fp32", "memory.loss=chunked", "optimizer.name=sgd")
 _MASTER = ("precision.master=fp32", "memory.activation_checkpointing=selective")
 _IN_BACKWARD = ("optimizer.in_backward=true", "optimizer.max_grad_norm=0.0", "optimizer.name=adafactor")
 _LORA_MIXED = ("method=lora", "precision.weights=fp32", "memory.loss=chunked", "optimizer.name=lion")
+_OFFLOADED = ("memory.offload=optimizer", "precision.master=fp32")
 _ZERO_3 = ("parallel.sharding=zero3", "parallel.devices_per_node=3")
 _ZERO_2 = ("parallel.sharding=zero2", "parallel.devices_per_node=4", "precision.weights=fp32", "grad_accumulation=2")
 _HSDP = ("parallel.sharding=hsdp", "parallel.nodes=2", "parallel.devices_per_node=4", "method=lora")
@@ -69,8 +70,8 @@ def events(trace: Trace) -> list[tuple[bool, int, str, int]]:
 
 @pytest.mark.parametrize(
     ("name", "depth", "settings", "device"),
-    [*((*case, "cpu") for case in _CASES), (*_CASES[0], "h100"), *_SHARDED],
-    ids=[*(name for name, *_ in _CASES), "on a GPU", "zero3", "zero2", "hsdp", "zero3 by period"],
+    [*((*case, "cpu") for case in _CASES), (*_CASES[0], "h100"), ("gpt-2", 8, _OFFLOADED, "h100"), *_SHARDED],
+    ids=[*(name for name, *_ in _CASES), "on a GPU", "offloaded", "zero3", "zero2", "hsdp", "zero3 by period"],
 )
 def test_a_spliced_trace_is_the_whole_trace(name: str, depth: int, settings: tuple[str, ...], device: str) -> None:
     """Peak, ledger, every event with the block that it ends, what the allocator reserves and all operators: equal."""
@@ -88,6 +89,9 @@ def test_a_spliced_trace_is_the_whole_trace(name: str, depth: int, settings: tup
     assert spliced.peak_bytes == whole.peak_bytes
     assert spliced.peak_ledger() == whole.peak_ledger()
     assert replay(spliced) == replay(whole)
+    assert (spliced.host is None) == (whole.host is None)
+    if spliced.host is not None and whole.host is not None:
+        assert events(spliced.host) == events(whole.host)
 
 
 def test_short_models_are_run(monkeypatch: pytest.MonkeyPatch) -> None:

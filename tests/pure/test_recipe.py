@@ -190,7 +190,7 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
 @pytest.mark.parametrize(
     ("key", "value", "nearest"),
     [
-        ("memory.offload", "all", "memory.offload = none"),
+        ("memory.offload", "all", "memory.offload = optimizer"),
         ("parallel.pipeline", 2, "parallel.pipeline = 1"),
         ("parallel.tensor", 2, "parallel.tensor = 1"),
         ("parallel.sharding", "ddp", "parallel.sharding = zero3"),
@@ -210,6 +210,7 @@ def test_what_cannot_run_names_the_nearest_that_can(key: str, value: object, nea
         (("parallel.sharding=none",), ("parallel.sharding=zero3",)),
         (("parallel.sharding=hsdp",), ("parallel.sharding=zero3",)),
         (("optimizer.name=adafactor",), ("optimizer.name=adamw",)),
+        (("memory.offload=optimizer",), ("memory.offload=none",)),
         (("method=qlora", "precision.weights=nf4"), ("method=lora", "precision.weights=bf16")),
         (
             ("precision.weights=fp16", "precision.compute=fp16", "precision.master=fp32"),

@@ -136,7 +136,9 @@ def _cells(prediction: Prediction) -> tuple[str, ...]:
     rehearsed = prediction.method == "rehearsal"
     return (
         recipe["method"],
-        _formats(precision) + (", 8-bit" if recipe["optimizer"]["name"] == "adamw8bit" else ""),
+        _formats(precision)
+        + (", 8-bit" if recipe["optimizer"]["name"] == "adamw8bit" else "")
+        + (", offload" if memory["offload"] != "none" else ""),
         f"{recipe['micro_batch_size']} x {recipe['grad_accumulation']}",
         memory["activation_checkpointing"],
         memory["loss"],

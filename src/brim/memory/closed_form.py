@@ -216,7 +216,10 @@ class _Step:
         scales = cost.state_bytes(self.scale_bytes // FP32, FP32)
         if self.has_master:
             return self.trainable * FP32 + cost.state_bytes(self.trainable, FP32) + scales
-        return cost.state_bytes(self.trainable, self.terms.weight_bytes) + scales
+        copies = 0
+        if self.recipe.memory.offload != "none":  # of the weights, stepped on the host (on a CPU the same memory)
+            copies = self.trainable * self.terms.weight_bytes
+        return copies + cost.state_bytes(self.trainable, self.terms.weight_bytes) + scales
 
     @property
     def batch_bytes(self) -> int:

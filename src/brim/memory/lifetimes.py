@@ -39,9 +39,10 @@ class LifetimeMeter(PlainMode):
         self.before: Callable[[Any], None] | None = None
         """Told each operator before it runs; None: nobody asks."""
         self.after: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
-        """Told each operator, its arguments and its result after it ran; None: nobody asks."""
+        """Told each of the device's operators, its arguments and its result after it ran; None: nobody asks."""
         self.working: Callable[[], str] | None = None
         """Names the module that works now; None: nobody asks."""
+        self._on_host = False
         self._line = "workspace"
         self._blocks: dict[int, Block] = {}
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -64,7 +65,7 @@ class LifetimeMeter(PlainMode):
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
                     self.see(leaf)
-        if self.after is not None:
+        if self.after is not None and self._place is self.trace:
             self.after(func, args, kwargs or {}, out)
         return out
 
@@ -77,16 +78,25 @@ class LifetimeMeter(PlainMode):
             self.see(tensor)
             self._blocks[_key(storage_of(tensor))].line = line
 
+    def place(self, *, on_host: bool) -> None:
+        self._on_host = on_host
+
+    @property
+    def _place(self) -> Trace:
+        """Where what is allocated now is counted."""
+        return self.trace.host if self._on_host and self.trace.host is not None else self.trace
+
     def see(self, tensor: Tensor) -> None:
         """Count this tensor's storage from now on, if it is new."""
         storage = storage_of(tensor)
         key = _key(storage)
         if key in self._blocks:
             return
-        self._blocks[key] = block = self.trace.allocate(storage.nbytes(), self._line)
+        trace = self._place
+        self._blocks[key] = block = trace.allocate(storage.nbytes(), self._line)
         if self.working is not None:
             block.module = self.working()
-        self._watches[key] = weakref.ref(storage, lambda _: self._forget(key))
+        self._watches[key] = weakref.ref(storage, lambda _: self._forget(key, trace))
 
     def tag(self, tensor: Tensor, module: str) -> None:
         """This tensor's storage is the module's; one that the meter has not met is nobody's."""
@@ -107,9 +117,9 @@ class LifetimeMeter(PlainMode):
         """What lives now lives to the end of the trace: the end of a program is no part of its step."""
         self._watches.clear()
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, trace: Trace) -> None:
         del self._watches[key]
-        self.trace.free(self._blocks.pop(key))
+        trace.free(self._blocks.pop(key))
 
 
 def is_sharded(types: Iterable[type]) -> bool:

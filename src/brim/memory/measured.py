@@ -83,6 +83,9 @@ class CpuMeter:
             pass
         self._claims.append((line, {storage_of(tensor).data_ptr() for tensor in tensors}))
 
+    def place(self, *, on_host: bool) -> None:
+        """The same memory."""
+
     def sample(self) -> tuple[int, int]:
         self._replay()
         now, highest = self._trace.live_bytes, self._trace.peak_bytes

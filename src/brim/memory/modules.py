@@ -74,6 +74,9 @@ class ModuleWatch:
                 if parameter.grad is not None and id(parameter.grad) in claimed:
                     self._meter.tag(parameter.grad, _owner(name))
 
+    def place(self, *, on_host: bool) -> None:
+        """Modules own what is in the host's memory, too."""
+
     def tag_lasting(self, states: Callable[[Tensor], Iterable[Tensor]]) -> None:
         """Parameters and buffers, and what the optimizer keeps for each parameter: they live from step to step."""
         for name, tensor in (*self._model.named_buffers(), *self._model.named_parameters()):

@@ -19,6 +19,9 @@ class Listener(Protocol):
     def claim(self, line: str, tensors: Iterable[Tensor]) -> None:
         """These tensors' storages belong on this line, whenever they were allocated."""
 
+    def place(self, *, on_host: bool) -> None:
+        """Storage allocated from now on is in the host's memory, or in the device's again."""
+
 
 _listeners: list[Listener] = []
 _working_on = "workspace"
@@ -60,3 +63,15 @@ def claim(line: str, tensors: Iterable[Tensor]) -> None:
         owned = list(tensors)
         for listener in _listeners:
             listener.claim(line, owned)
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """What is allocated inside the block is in the host's memory; on a CPU that is the device's."""
+    for listener in _listeners:
+        listener.place(on_host=True)
+    try:
+        yield
+    finally:
+        for listener in _listeners:
+            listener.place(on_host=False)

@@ -89,7 +89,8 @@ class _Parts:
         trained, cost = trained_parameters(self.spec, self.recipe), state_cost(self.recipe.optimizer)
         if has_master:
             return 4 * trained + cost.state_bytes(trained, 4)
-        return cost.state_bytes(trained, self._weight_bytes)
+        copies = 0 if self.recipe.memory.offload == "none" else trained * self._weight_bytes
+        return copies + cost.state_bytes(trained, self._weight_bytes)
 
     @property
     def _tokens(self) -> int:

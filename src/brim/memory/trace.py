@@ -26,6 +26,8 @@ class Trace:
     def __init__(self) -> None:
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.host: Trace | None = None
+        """What is meanwhile in the host's memory, where that is not the device's and something is offloaded."""
         self._events: list[tuple[bool, Block]] = []
         self._peak_index = 0
 

@@ -42,6 +42,8 @@ class Constraints:
     """None: 1024, or as many as the model knows positions if that is less."""
     global_batch_size: int | None = None
     """Rows of an optimizer step, in micro-batches that divide it; None: one micro-batch of any size is a step."""
+    may_offload: bool = False
+    """Whether the device has a host with memory of its own."""
     settings: tuple[str, ...] = ()
     """`key=value` of any recipe key, as for `Recipe.with_settings`."""
 
@@ -127,7 +129,15 @@ def _check(constraints: Constraints) -> None:
 
 def _combinations(base: Recipe, constraints: Constraints) -> Iterator[dict[str, Any]]:
     """Settings of each candidate. A pinned key is not varied: a row that says otherwise is left out."""
-    axes = (_methods(base, constraints), _PRECISIONS, _batches(base, constraints), _CHECKPOINTING, _LOSS, _OPTIMIZERS)
+    axes = (
+        _methods(base, constraints),
+        _PRECISIONS,
+        _batches(base, constraints),
+        _CHECKPOINTING,
+        _LOSS,
+        _OPTIMIZERS,
+        _offloads(constraints),
+    )
     open_axes = [_allowed(rows, base, constraints.pinned) for rows in axes]
     for rows in product(*open_axes):
         settings = {key: value for row in rows for key, value in row.items()}
@@ -139,12 +149,19 @@ def _combinations(base: Recipe, constraints: Constraints) -> Iterator[dict[str, 
             and not {"precision.weights", "precision.compute"} & constraints.pinned
         ):
             continue
-        # Adapters have few states: nothing to gain by rounding them.
-        if method != "full" and settings.get("optimizer.name") == "adamw8bit":
+        # Adapters have few states: nothing to gain by rounding or moving them.
+        if method != "full" and (
+            settings.get("optimizer.name") == "adamw8bit" or settings.get("memory.offload") == "optimizer"
+        ):
             continue
         if "optimizer.learning_rate" not in constraints.pinned:
             settings["optimizer.learning_rate"] = _LEARNING_RATES.get(method, base.optimizer.learning_rate)
         yield settings
+
+
+def _offloads(constraints: Constraints) -> tuple[Settings, ...]:
+    kinds = ("none", "optimizer") if constraints.may_offload else ("none",)
+    return tuple({"memory.offload": kind} for kind in kinds)
 
 
 def _is_mixed(settings: Settings) -> bool:

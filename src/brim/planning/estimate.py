@@ -28,6 +28,9 @@ def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
         ledger, error_band = rough.rough(spec, recipe), rough.ERROR_BAND
         reasons = (f"rough: no closed form for {spec.model_type}, {recipe.task}; a rehearsal is exact",)
     on_gpu = device.kind == "cuda"
+    host_bytes = None
+    if on_gpu and recipe.memory.offload != "none":
+        host_bytes, ledger = ledger.optimizer, replace(ledger, optimizer=0)
     if on_gpu:
         handles = 2 * cublas_workspace_bytes(device)  # forward's thread and backward's
         ledger = replace(ledger, workspace=ledger.workspace + handles, context=context_bytes(device))
@@ -37,7 +40,11 @@ def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
         recipe=recipe.to_dict(),
         device_name=device.name,
         budget_bytes=budget_bytes,
-        peak=Peak(allocated_bytes=ledger.total - ledger.context, device_bytes=ledger.total if on_gpu else None),
+        peak=Peak(
+            allocated_bytes=ledger.total - ledger.context,
+            device_bytes=ledger.total if on_gpu else None,
+            host_bytes=host_bytes,
+        ),
         ledger=ledger,
         step_time_s=seconds,
         step_time_range_s=time_range(seconds, basis=roofline_basis(device), identity=device.identity),

@@ -4,9 +4,9 @@ Pure: the exact predictor is passed in, nothing is read or run here. Determinist
 plan. A recipe is never put first on the closed form's word alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from brim.errors import DoesNotFitError
 from brim.hardware.device import Device
@@ -50,7 +50,7 @@ def plan(
     `progress` counts finalists found. Raises NothingFitsError when no candidate fits; UsageError (RecipeError) when
     the constraints leave no candidate.
     """
-    constraints = constraints or Constraints()
+    constraints = replace(constraints or Constraints(), may_offload=device.kind == "cuda")
     quick = {
         repr(recipe): (recipe, estimate(spec, recipe, device=device, budget_bytes=budget_bytes))
         for recipe in candidates(spec, constraints)
@@ -213,10 +213,14 @@ def summary(prediction: Prediction) -> str:
     memory = recipe["memory"]
     states = ", 8-bit states" if recipe["optimizer"]["name"] == "adamw8bit" else ""
     return (
-        f"{recipe['method']}, {recipe['precision']['weights']}{states}, "
+        f"{recipe['method']}, {recipe['precision']['weights']}{states}{_offloaded(recipe)}, "
         f"{recipe['micro_batch_size']} x {recipe['seq_len']} tokens, "
         f"checkpointing {memory['activation_checkpointing']}, loss {memory['loss']}"
     )
+
+
+def _offloaded(recipe: Mapping[str, Any]) -> str:
+    return ", optimizer on the host" if recipe["memory"]["offload"] != "none" else ""
 
 
 def _estimates(spec: ModelSpec, device: Device, constraints: Constraints, budget_bytes: int) -> list[Prediction]:

@@ -40,7 +40,7 @@ def check_ranges(recipe: "Recipe") -> None:
 
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
-    ("memory.offload", frozenset({"none"}), "none", "everything stays on one device"),
+    ("memory.offload", frozenset({"none", "optimizer"}), "optimizer", "weights and activations stay on the device"),
     ("parallel.sharding", frozenset({"none", "zero2", "zero3", "hsdp"}), "zero3", "it is not built"),
     ("parallel.tensor", frozenset({1}), "1", "matrices are not divided"),
     ("parallel.pipeline", frozenset({1}), "1", "stages are not built"),
@@ -74,6 +74,11 @@ def check_runs(recipe: "Recipe") -> None:
             f'library.loss = "{library.loss}" is a full loss of causal language models; nearest: library.loss = "brim"'
         )
     foreach = recipe.optimizer.name == "adamw" and library.adamw == "foreach"
+    if foreach and recipe.memory.offload != "none":
+        raise RecipeError(
+            'library.adamw = "foreach" steps all parameters at once, memory.offload = "optimizer" one by one on the '
+            'host; nearest: library.adamw = "fused"'
+        )
     if foreach and recipe.precision.master == "fp32" and recipe.plain_format != "fp32":
         raise RecipeError(
             'library.adamw = "foreach" steps all parameters at once, precision.master = "fp32" one by one; '
@@ -161,6 +166,11 @@ def _check_parallel(recipe: "Recipe") -> None:
 
 def _check_divided(recipe: "Recipe") -> None:
     """What does not work on parts of tensors."""
+    if recipe.memory.offload != "none":
+        raise RecipeError(
+            f'memory.offload = "{recipe.memory.offload}" steps whole weights on the host, and each device has parts of '
+            'them; nearest: memory.offload = "none" (the states are divided among the devices already)'
+        )
     if recipe.optimizer.name not in ("adamw", "sgd", "lion"):
         raise RecipeError(
             f'optimizer.name = "{recipe.optimizer.name}" takes means or scales over elements that are on different '

@@ -50,6 +50,7 @@ class Memory:
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
     """sdpa takes the best kernel that can run, which may keep all scores; flash takes FlashAttention or refuses."""
     offload: Literal["none", "optimizer", "all"] = "none"
+    """optimizer: its states and copies of the weights are in the host's memory, and stepped there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

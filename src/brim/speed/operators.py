@@ -21,7 +21,7 @@ from brim.hardware import Device
 from brim.hardware.operator_rates import Attention, Format, OperatorRates, Pass, Product, product_shape
 from brim.models import ModelSpec
 from brim.recipe import Recipe
-from brim.speed.roofline import attention_flops
+from brim.speed.roofline import attention_flops, offloaded_s
 
 _aten = torch.ops.aten
 _FUNCTIONS = (
@@ -63,11 +63,12 @@ def gpu_seconds(work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device)
 
     Fused attention hides its products inside a kernel: they are counted by the closed form, all scores at the products'
     rate (a causal mask hides half of them; FlashAttention-2, arXiv:2307.08691, reports at most 63 % of the peak for the
-    backward of the other half). Ignored: launching, which rules models too small to keep the device busy.
+    backward of the other half). What is offloaded is the host's work, and is added by the closed form. Ignored:
+    launching, which rules models too small to keep the device busy.
     """
     seconds = attention_flops(spec, recipe) / device.flops["bf16" if recipe.precision.compute != "fp32" else "fp32"]
     seconds += sum(flops / device.flops[number_format] for (_, number_format), flops in work.products.items())
-    return seconds + sum(work.passes.values()) / device.bandwidth_bytes_per_s
+    return seconds + sum(work.passes.values()) / device.bandwidth_bytes_per_s + offloaded_s(spec, recipe)
 
 
 def continued_work(works: tuple[StepWork, StepWork, StepWork], *, times: int) -> StepWork | None:

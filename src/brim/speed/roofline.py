@@ -19,6 +19,11 @@ from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 
+_LINK_BYTES_PER_S = 25e9
+"""PCIe 4.0 x16: 31.5 GB/s by its lanes (16 GT/s, 128b/130b), about four fifths of it for data."""
+_HOST_BYTES_PER_S = 50e9
+"""Two channels of DDR4-3200 (JESD79-4): the least that a machine with such a link has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -34,7 +39,19 @@ class Work:
 def step_time(spec: ModelSpec, recipe: Recipe, device: Device) -> float:
     """Seconds of one optimizer step."""
     work = step_work(spec, recipe)
-    return work.flops / device.flops[work.compute] + work.traffic_bytes / device.bandwidth_bytes_per_s
+    seconds = work.flops / device.flops[work.compute] + work.traffic_bytes / device.bandwidth_bytes_per_s
+    return seconds + (offloaded_s(spec, recipe) if device.kind == "cuda" else 0.0)
+
+
+def offloaded_s(spec: ModelSpec, recipe: Recipe) -> float:
+    """Gradients to the host and weights back over the link; the step at the host's bandwidth, nothing overlapped."""
+    if recipe.memory.offload == "none":
+        return 0.0
+    trained = trained_parameters(spec, recipe)
+    element_bytes = FP32 if recipe.plain_format == "fp32" else BF16
+    step_bytes = FP32 if recipe.precision.master == "fp32" else element_bytes
+    stepped = trained * step_bytes * state_cost(recipe.optimizer).step_passes
+    return 2 * trained * element_bytes / _LINK_BYTES_PER_S + stepped / _HOST_BYTES_PER_S
 
 
 def tokens_per_s(recipe: Recipe, seconds: float) -> float:

@@ -106,6 +106,7 @@ def build(
         fp32_master=recipe.precision.master == "fp32" and recipe.plain_format != "fp32",
         fused=recipe.library.adamw == "fused",
         undecayed=scales_of(model),
+        on_host=recipe.memory.offload == "optimizer",
     )
     owners.claim("optimizer", optimizer.tensors())
     owners.switch("workspace")

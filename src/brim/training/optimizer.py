@@ -4,11 +4,15 @@ AdamW is `torch.optim.AdamW(fused=True)`: no temporaries (on request `foreach=Tr
 parameters). The others go parameter by parameter. With master copies each parameter has an optimizer of its own, so
 that only one parameter's FP32 gradient exists at a time.
 
+On the host all that is kept from step to step is in the host's memory, with a copy of the weights that is stepped
+there: a gradient crosses over, is freed on the device, and the rounded weight crosses back.
+
 In backward each parameter has one, too, and is stepped when its gradient is complete (a tied weight's once, with the
 sum). A gradient that backward does not bring, that of an untied head under the chunked loss, waits for `step`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -41,13 +45,22 @@ class Stepper:
         fp32_master: bool,
         fused: bool = True,
         undecayed: Iterable[nn.Parameter] = (),
+        on_host: bool = False,
     ) -> None:
         self._parameters = parameters
-        self._masters = [nn.Parameter(p.detach().float()) for p in parameters] if fp32_master else []
-        one_by_one = fp32_master or settings.in_backward
+        self._on_host = on_host
+        self._place = owners.on_host if on_host else nullcontext
+        with self._place():
+            if on_host:
+                self._masters = [nn.Parameter(_host_copy(p, in_fp32=fp32_master)) for p in parameters]
+            else:
+                self._masters = [nn.Parameter(p.detach().float()) for p in parameters] if fp32_master else []
+        one_by_one = bool(self._masters) or settings.in_backward
         groups = [[parameter] for parameter in self._masters or parameters] if one_by_one else [parameters]
         self._settings = settings
-        self._maps = Maps.on(parameters[0].device) if settings.name == "adamw8bit" else None
+        with self._place():
+            place = (self._masters or parameters)[0].device
+            self._maps = Maps.on(place) if settings.name == "adamw8bit" else None
         kept = {id(parameter) for parameter in undecayed}
         spared = [own for own, p in zip(self._masters or parameters, parameters, strict=True) if id(p) in kept]
         self._optimizers = [
@@ -93,17 +106,22 @@ class Stepper:
         parameter, stepped = self._parameters[index], self._stepped(index)
         if parameter.grad is None:
             return
-        if self._masters:
-            stepped.grad = parameter.grad.float()
-            parameter.grad = None
-        if factor != 1.0:
-            assert stepped.grad is not None
-            stepped.grad.mul_(factor)
-        self._optimizers[index].step()
-        stepped.grad = None
-        if self._masters:
-            with torch.no_grad():
-                parameter.copy_(stepped)
+        with self._place():
+            if self._on_host:
+                stepped.grad = _host_copy(parameter.grad, in_fp32=stepped.dtype == torch.float32)
+                parameter.grad = None
+            elif self._masters:
+                stepped.grad = parameter.grad.float()
+                parameter.grad = None
+            if factor != 1.0:
+                assert stepped.grad is not None
+                stepped.grad.mul_(factor)
+            self._optimizers[index].step()
+            stepped.grad = None
+            if self._masters:
+                with torch.no_grad():
+                    # rounded where it is: what crosses to a device should need no room of its own there
+                    parameter.copy_(stepped.to(parameter.dtype) if self._on_host else stepped)
 
     def _stepped(self, index: int) -> nn.Parameter:
         return (self._masters or self._parameters)[index]
@@ -204,6 +222,13 @@ def _states_of(parameter: Tensor, settings: Optimizer) -> dict[str, Tensor]:
             return {"step": step, **new_state(parameter, device=torch.device("meta"))}
         case _:
             return {"step": step, "exp_avg": model, "exp_avg_sq": model}
+
+
+def _host_copy(tensor: Tensor, *, in_fp32: bool) -> Tensor:
+    """In host memory, and FP32 if asked: made so there, since a cast on the device would take room on it."""
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    copied.copy_(tensor.detach())
+    return copied.float() if in_fp32 else copied
 
 
 def like(stored: Tensor, model: Tensor, name: str) -> Tensor:
