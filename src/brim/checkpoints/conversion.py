@@ -1,9 +1,10 @@
 """`Conversion`: what becomes of one tensor, block by block. Formats bring an `encode`; `stream` runs it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from brim.checkpoints.reader import element_type
@@ -12,10 +13,13 @@ from brim.checkpoints.statistics import RowSums, Statistics, compare, look
 from brim.models.directory import StoredTensor
 from brim.models.spec import TensorSpec
 from brim.numerics.encode import TORCH_DTYPES
+from brim.numerics.granularity import Granularity
 
 BLOCK_ELEMENTS = 2**18
 """Encoded at a time, unless a single row is longer: 1 MiB in FP32, thrice that with what encoding takes. Half as many
 fit the second cache better, but then two threads wait for Python's lock as long as they work."""
+_DECIDED_WORK_BYTES = 56
+"""As `work_bytes`: codes read, decoded, quotient and error, and bits to pack."""
 
 
 class Encoded(NamedTuple):
@@ -28,6 +32,20 @@ class Encoded(NamedTuple):
 
 Encode = Callable[[Tensor, Scratch], Encoded]
 """(Rows of the source, (R, row_elements), a worker's memory) -> what they become. Runs on several threads at once."""
+
+
+EncodePlaced = Callable[[Tensor, int, Scratch], Encoded]
+"""As Encode, told the number of the first row, too."""
+
+
+class Integers(NamedTuple):
+    """How a conversion writes codes and scales, whoever chooses them."""
+
+    format: str
+    granularity: Granularity
+    scale_dtype: torch.dtype
+    finish: Callable[[Tensor], Tensor]
+    """int8 codes (R, K) -> the first output's rows; the second output's are the scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +65,22 @@ class Conversion:
     """Further outputs, known beforehand: a table, a shape."""
     format: str = ""
     """Of the elements, where the first output's dtype does not say it: several are packed into one of its elements."""
+    integers: Integers | None = None
+    """Where the outputs are codes and scales, which calibration may choose."""
+    encode_placed: EncodePlaced | None = None
+    """In place of `encode`, for rows whose codes were chosen beforehand."""
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """All that is written."""
         return (*self.outputs, *(spec for spec, _ in self.constants))
+
+    def encoded(self, rows: Tensor, first: int, scratch: Scratch) -> Encoded:
+        """The source's rows from number `first` on."""
+        return self.encode(rows, scratch) if self.encode_placed is None else self.encode_placed(rows, first, scratch)
+
+    def decided(self, encode_placed: EncodePlaced) -> "Conversion":
+        return replace(self, encode_placed=encode_placed, work_bytes=max(self.work_bytes, _DECIDED_WORK_BYTES))
 
 
 def keep(tensor: StoredTensor) -> Conversion:

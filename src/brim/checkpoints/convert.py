@@ -14,6 +14,7 @@ from typing import Any
 
 from brim import __version__
 from brim.checkpoints.audit import REPORT_NAME, QuantizationReport, tensor_report
+from brim.checkpoints.calibrate import CalibrationText, calibrate, decisions_of
 from brim.checkpoints.companions import companions, copy_companions
 from brim.checkpoints.conversion import BLOCK_ELEMENTS
 from brim.checkpoints.job import Job, ScaleChoice, Target, as_json, plan_job
@@ -41,13 +42,16 @@ def quantize(
     to: Target,
     granularity: Granularity | None = None,
     scales: ScaleChoice = "absmax",
+    calibration: CalibrationText | None = None,
     memory_bytes: int = MEMORY_BYTES,
     resume: bool = False,
     progress: Progress = no_progress,
+    calibration_progress: Progress = no_progress,
 ) -> QuantizationReport:
     """Write the model in directory `source` to the new directory `output`, its floats as FP16 or BF16, or its linear
     weights as INT8 or INT4 (compressed-tensors); tokenizer, generation settings and licences go along. `granularity` is
-    that of integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen.
+    that of integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen;
+    `calibration` is the text that "calibrated" needs, and what that decides is kept beside the output until it is done.
 
     Takes at most `memory_bytes` beside what the interpreter has. `progress` counts bytes read from the source and back
     from the output. The output appears whole or not at all. With `resume`, what a killed run did is not done again,
@@ -59,10 +63,17 @@ def quantize(
     """
     check_output(output, source=source)
     spec = describe(str(source.resolve()))
+    _check_calibration(scales, calibration)
     job = plan_job(source, spec, to, granularity=granularity, scales=scales)
-    workers = count_workers(job.conversions, memory_bytes=memory_bytes)
     place, partial = output.absolute(), partial_of(output.absolute())
-    with _full_disk(output), alone(place):
+    with _full_disk(output), alone(place), _decisions_removed(place):
+        if calibration is not None:
+            decided = calibrate(
+                source, spec, job, decisions_of(place), text=calibration, memory_bytes=memory_bytes, resume=resume,
+                progress=calibration_progress,
+            )  # fmt: skip
+            job = decided.applied_to(job)
+        workers = count_workers(job.conversions, memory_bytes=memory_bytes)
         go_on = _check_workplace(partial, job, output=output, resume=resume)
         with _removed_unless_resumable(partial):
             collected = _write(partial, job, go_on=go_on, workers=workers, progress=progress)
@@ -72,6 +83,22 @@ def quantize(
             (partial / JOURNAL).unlink()
             appear(partial, place)
     return report
+
+
+def _check_calibration(scales: ScaleChoice, calibration: CalibrationText | None) -> None:
+    if (scales == "calibrated") != (calibration is not None):
+        raise UsageError("calibrated scales need a text to calibrate on, and others have no use for one: "
+                         "--scales calibrated --calibration FILE")  # fmt: skip
+
+
+@contextmanager
+def _decisions_removed(place: Path) -> Iterator[None]:
+    """At the end, unless a run that can be gone on with is left."""
+    try:
+        yield
+    finally:
+        if not partial_of(place).exists():
+            shutil.rmtree(decisions_of(place), ignore_errors=True)
 
 
 def audit(
@@ -87,6 +114,8 @@ def audit(
 
     `progress` counts bytes read from the source. Raises what `quantize` does on account of the source.
     """
+    if scales == "calibrated":
+        raise UsageError("--audit looks at weights alone; leave --scales calibrated away, or use --scales mse")
     job = plan_job(source, describe(str(source.resolve())), to, granularity=granularity, scales=scales)
     workers = count_workers(job.conversions, memory_bytes=memory_bytes)
     chunks = tuple(chunk for conversion in job.conversions for chunk in chunks_of(conversion))

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from brim.checkpoints.conversion import Conversion, cast, keep
+from brim.checkpoints.conversion import Conversion, Integers, cast, keep
 from brim.checkpoints.float_rows import WORK_BYTES as FLOAT_WORK_BYTES
 from brim.checkpoints.float_rows import encode_float_rows
 from brim.checkpoints.integer_rows import encode_rows
@@ -25,8 +25,9 @@ from brim.numerics.formats import FORMATS
 from brim.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 Target = Literal["fp16", "bf16", "int8", "int4", "fp8"]
-ScaleChoice = Literal["absmax", "mse"]
-"""The largest element of a block becomes the last code; or the scale with the least squared error, searched."""
+ScaleChoice = Literal["absmax", "mse", "calibrated"]
+"""The largest element of a block becomes the last code; or the scale with the least squared error, searched; or with
+the least error of a layer's outputs on a text, and codes with error feedback (what no calibration reaches: as mse)."""
 _DEFAULT_GRANULARITY: Mapping[str, Granularity] = {"int8": PerChannel(), "int4": PerGroup(32), "fp8": PerChannel()}
 CONFIG = "config.json"
 _FLOATS = ("fp64", "fp32", "fp16", "bf16")
@@ -172,6 +173,7 @@ def _to_int8(tensor: StoredTensor, *, to: str, granularity: Granularity, scales:
         row_elements=inputs,
         row_bytes=(inputs, scale_dtype.itemsize),
         work_bytes=16 if scales == "absmax" else SEARCH_WORK_BYTES,
+        integers=Integers(to, granularity, scale_dtype, unpacked),
     )
 
 
@@ -198,6 +200,7 @@ def _to_packed(tensor: StoredTensor, *, to: str, granularity: Granularity, scale
         work_bytes=WORK_BYTES if scales == "absmax" else SEARCH_WORK_BYTES,
         constants=(pack_quantized.shape_tensor(tensor.spec),),
         format=to,
+        integers=Integers(to, granularity, scale_dtype, finish),
     )
 
 

@@ -37,7 +37,7 @@ def find_linears(spec: ModelSpec, *, tensors: Iterable[str]) -> Linears:
     holders = Counter(id(parameter) for module in modules.values() for parameter in module.parameters(recurse=False))
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings()
-    weights = _file_names([f"{name}.weight" for name in linears], frozenset(tensors), model)
+    weights = file_names([f"{name}.weight" for name in linears], frozenset(tensors), model)
     wanted = {
         name: weights[f"{name}.weight"]
         for name, module in linears.items()
@@ -53,7 +53,7 @@ def _check_unmerged(model: PreTrainedModel, spec: ModelSpec) -> None:
     it looks for packed experts and finds none). Delete this when it passes plain experts through.
     """
     stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
-    there = _file_names(stacked, frozenset(tensor.name for tensor in spec.tensors), model)
+    there = file_names(stacked, frozenset(tensor.name for tensor in spec.tensors), model)
     if merged := [name for name in stacked if name not in there]:
         raise UsageError(
             f"{spec.name}: transformers makes {merged[0]} of several tensors when it loads {spec.model_type}, "
@@ -61,7 +61,7 @@ def _check_unmerged(model: PreTrainedModel, spec: ModelSpec) -> None:
         )
 
 
-def _file_names(names: Iterable[str], tensors: frozenset[str], model: PreTrainedModel) -> dict[str, str]:
+def file_names(names: Iterable[str], tensors: frozenset[str], model: PreTrainedModel) -> dict[str, str]:
     """Parameter of the model -> name of its tensor in the file, for those that are there.
 
     A file saved from the bare model, without head, lacks the prefix that its modules have here, or has one too many;

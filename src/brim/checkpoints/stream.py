@@ -148,7 +148,7 @@ def _convert(chunk: Chunk, places: Places | None, scratch: Scratch) -> Done:
             block = scratch.take("block", (elements,), dtype)
             read_into(reading, bytes_of(block), first * dtype.itemsize, source)
             rows = block.view(-1, conversion.row_elements) if conversion.row_elements > 1 else block
-            encoded = conversion.encode(rows, scratch)
+            encoded = conversion.encoded(rows, first // conversion.row_elements, scratch)
             if not (isinstance(encoded.statistics, RowSums) and bool(torch.isfinite(encoded.statistics.top_R).all())):
                 _check_finite(block, source, first)
             for number, part in enumerate(encoded.parts):

@@ -1,6 +1,7 @@
 """`brim quantize MODEL`: a smaller checkpoint, and what that cost."""
 
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -16,6 +17,7 @@ from brim.report import SCHEMA
 
 if TYPE_CHECKING:
     from brim.checkpoints.audit import QuantizationReport
+    from brim.checkpoints.calibrate import CalibrationText
     from brim.checkpoints.job import ScaleChoice, Target
 
 WORST = 5
@@ -29,6 +31,15 @@ _Granularity = Annotated[
 ]
 
 _Scales = Annotated[str, typer.Option(metavar="HOW", help="Of integers: absmax, or mse (least squared error; slower).")]
+_Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text like that the model is for, and not what it is evaluated on; implies --scales calibrated.",
+        show_default=False,
+    ),
+]
+_CalibrationTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Of the text's beginning.")]
 _Memory = Annotated[
     str, typer.Option(metavar="SIZE", help="Beside what the interpreter takes, whatever the model's size.")
 ]
@@ -43,6 +54,8 @@ def command(
     ] = None,
     granularity: _Granularity = None,
     scales: _Scales = "absmax",
+    calibration: _Calibration = None,
+    calibration_tokens: _CalibrationTokens = 16_384,
     memory: _Memory = "512MiB",
     resume: Annotated[bool, typer.Option(help="Go on with a killed or interrupted run.")] = False,
     audit_only: Annotated[
@@ -62,9 +75,9 @@ def command(
     from brim.numerics.granularity import parse_granularity
 
     target = _target(to, get_args(Target))
-    choice = _choice(scales, get_args(ScaleChoice))
-    if audit_only and (output or resume):
-        raise UsageError("--audit writes nothing; leave --output and --resume out, or leave --audit out")
+    choice = _choice("calibrated" if calibration else scales, get_args(ScaleChoice))
+    text = _calibration_text(calibration, calibration_tokens)
+    _check_audit(audit_only, output=output, resume=resume, calibration=calibration)
     picture.check(plot)
     spec = describe(model)
     place = output or Path(f"{_short_name(model)}-{target}")
@@ -75,9 +88,15 @@ def command(
     with console.progress(f"preparing {model}") as listen:
         source = local_directory(spec, progress=listen)
     started = time.perf_counter()
-    with console.progress(f"{'auditing for' if audit_only else 'quantizing to'} {target}", in_bytes=True) as listen:
-        work = partial(audit, source) if audit_only else partial(quantize, source, place, resume=resume)
-        report = work(to=target, granularity=shared, scales=choice, memory_bytes=memory_bytes, progress=listen)
+    with ExitStack() as bars:
+        make = partial(audit, source)
+        if not audit_only:
+            make = partial(quantize, source, place, calibration=text, resume=resume)
+        if text is not None:
+            make = partial(make, calibration_progress=bars.enter_context(console.progress("calibrating")))
+        doing = f"{'auditing for' if audit_only else 'quantizing to'} {target}"
+        listen = bars.enter_context(console.progress(doing, in_bytes=True))
+        report = make(to=target, granularity=shared, scales=choice, memory_bytes=memory_bytes, progress=listen)
     seconds = time.perf_counter() - started
     _draw(plot, report)
     if json:
@@ -97,6 +116,28 @@ def _target(text: str, known: "tuple[Target, ...]") -> "Target":
     if target is None:
         raise UsageError(f"cannot quantize to {text!r}; formats: {', '.join(known)}")
     return target
+
+
+def _check_audit(audit_only: bool, *, output: Path | None, resume: bool, calibration: Path | None) -> None:
+    if audit_only and (output or resume):
+        raise UsageError("--audit writes nothing; leave --output and --resume out, or leave --audit out")
+    if audit_only and calibration:
+        raise UsageError("--audit looks at weights alone; leave --calibration out, or leave --audit out")
+
+
+def _calibration_text(path: Path | None, max_tokens: int) -> "CalibrationText | None":
+    if path is None:
+        return None
+    from brim.checkpoints.calibrate import CalibrationText
+    from brim.inference import held_text, read_text
+
+    text = read_text(path)
+    if text.strip()[:1000] in held_text():
+        raise UsageError(
+            f"--calibration {path} is the text that `brim evaluate` judges models by; what is calibrated on it looks "
+            "better than it is; use another"
+        )
+    return CalibrationText(text=text, max_tokens=max_tokens)
 
 
 def _choice(text: str, known: "tuple[ScaleChoice, ...]") -> "ScaleChoice":
