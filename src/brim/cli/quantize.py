@@ -31,6 +31,11 @@ _Granularity = Annotated[
 ]
 
 _Scales = Annotated[str, typer.Option(metavar="HOW", help="Of integers: absmax, or mse (least squared error; slower).")]
+_Audit = Annotated[bool, typer.Option("--audit", help="Only say what it would cost, tensor by tensor; write nothing.")]
+_Plot = Annotated[
+    Path | None,
+    typer.Option(help="Draw what each tensor lost, by layer: FILE.svg or FILE.png.", show_default=False),
+]
 _Calibration = Annotated[
     Path | None,
     typer.Option(
@@ -58,13 +63,8 @@ def command(
     calibration_tokens: _CalibrationTokens = 16_384,
     memory: _Memory = "512MiB",
     resume: Annotated[bool, typer.Option(help="Go on with a killed or interrupted run.")] = False,
-    audit_only: Annotated[
-        bool, typer.Option("--audit", help="Only say what it would cost, tensor by tensor; write nothing.")
-    ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw what each tensor lost, by layer: FILE.svg or FILE.png.", show_default=False),
-    ] = None,
+    audit_only: _Audit = False,
+    plot: _Plot = None,
     json: Json = False,
 ) -> None:
     """A smaller checkpoint: FP16, BF16, or INT8, INT4 or FP8 linear weights."""
