@@ -18,9 +18,10 @@ check: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Conversions killed at 200 random moments and gone on with.
+# Conversions killed at 200 random moments, and runs of 60 steps at 100, and gone on with.
 kills: $(READY)
 	BRIM_KILLS=200 $(PY) -m pytest -s tests/cpu/checkpoints/test_kills.py
+	BRIM_KILLS=100 $(PY) -m pytest -s tests/cpu/training/test_kills.py
 
 bench: $(READY)
 	@for script in benchmarks/*_speed.py; do $(PY) $$script || exit 1; done

@@ -61,6 +61,8 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "foreach": ("library.adamw=foreach",),
     "fused norms": ("library.norm=fused",),
     "lora, fp32 adapters": ("method=lora", "library.adapters=fp32"),
+    "dora": ("method=lora", "lora.dora=true"),
+    "rslora": ("method=lora", "lora.rslora=true", *FP32),
     "sgd": ("optimizer.name=sgd", "optimizer.weight_decay=0.1", *FP32),
     "sgd, master": ("optimizer.name=sgd", "precision.master=fp32"),
     "lion": ("optimizer.name=lion", *FP32),

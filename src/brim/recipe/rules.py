@@ -67,6 +67,7 @@ def check_runs(recipe: "Recipe") -> None:
     _check_in_backward(recipe)
     _check_fp16(recipe)
     _check_packed(recipe)
+    _check_dora(recipe)
     _check_parallel(recipe)
     library = recipe.library
     if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
@@ -120,6 +121,21 @@ def _check_packed(recipe: "Recipe") -> None:
         raise RecipeError(
             f'precision.weights = "{weights}" is a format of frozen weights (codes take no gradient), and method = '
             f'"{recipe.method}" is for weights that matmuls run in; nearest: method = "qlora"'
+        )
+
+
+def _check_dora(recipe: "Recipe") -> None:
+    if not (recipe.adapts and recipe.lora.dora):
+        return
+    if recipe.precision.packed:
+        raise RecipeError(
+            "lora.dora = true reads whole weights to know their lengths, and a packed base has none; nearest: "
+            'lora.dora = false, or method = "lora" with precision.weights = "bf16"'
+        )
+    if recipe.parallel.sharding in ("zero2", "zero3", "hsdp"):
+        raise RecipeError(
+            f'lora.dora = true reads whole weights, and parallel.sharding = "{recipe.parallel.sharding}" divides '
+            "them; nearest: lora.dora = false"
         )
 
 

@@ -76,6 +76,10 @@ class Lora:
     dropout: float = 0.0
     """Share of an adapter's inputs that are zeroed in training; each adapted layer then keeps a copy and a mask."""
     targets: tuple[str, ...] = ("all-linear",)
+    rslora: bool = False
+    """Adapters are scaled by alpha / sqrt(rank) instead of alpha / rank, so that a high rank still learns (rsLoRA)."""
+    dora: bool = False
+    """Each output's length is learned apart from its direction (DoRA): slower, and one more copy of adapted weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

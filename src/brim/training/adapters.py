@@ -39,6 +39,8 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         r=recipe.lora.rank,
         lora_alpha=recipe.lora.alpha,
         lora_dropout=recipe.lora.dropout,
+        use_rslora=recipe.lora.rslora,
+        use_dora=recipe.lora.dora,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         exclude_modules=["out_proj"] if base.config.model_type in _MAMBA_FAMILIES else None,
         modules_to_save=[classifier_name(base)] if recipe.task == "sequence-classification" else None,

@@ -52,11 +52,15 @@ class DataSet:
         """
         size, ranks = recipe.micro_batch_size, recipe.parallel.data_ranks
         first = step * recipe.rows_per_step
-        order = self._order(recipe.training.seed, first, recipe.rows_per_step)
+        order = self.step_rows(recipe, step)
         generator = torch.Generator().manual_seed(recipe.training.seed * 1_000_003 + first)
         batches = [self._batch(order[start : start + size], generator) for start in range(0, len(order), size)]
         turns = [batches[start : start + ranks] for start in range(0, len(batches), ranks)]
         return [replace(turn[data_rank], num_targets=sum(batch.num_targets for batch in turn)) for turn in turns]
+
+    def step_rows(self, recipe: Recipe, step: int) -> list[int]:
+        """Which rows of the data set (from 0) optimizer step `step` reads, on all ranks."""
+        return self._order(recipe.training.seed, step * recipe.rows_per_step, recipe.rows_per_step)
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer steps of the run: `max_steps`, else enough to see each row once an epoch."""

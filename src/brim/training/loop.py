@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
@@ -39,6 +39,7 @@ from brim.training.ranks import ALONE, Ranks
 from brim.training.schedule import learning_rate
 from brim.training.step import train_step
 from brim.training.workplace import (
+    can_resume,
     checkpoints_of,
     discard_unbegun,
     explain_full_disk,
@@ -50,6 +51,7 @@ from brim.units import format_bytes
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 """In what gloo and NCCL say when a process that they wait for is gone."""
+_NAMED_ROWS = 16
 _RECENT_STEPS = 100
 """As many steps tell how long the rest will take."""
 
@@ -201,14 +203,31 @@ def _step(job: Run, workload: Workload, history: _History, steps: int) -> None:
     rate = learning_rate(job.recipe, step, steps)
     batches = job.data.step_batches(job.recipe, step, data_rank=job.ranks.data_rank)
     loss = float(train_step(workload, batches, learning_rate=rate))
+    if not math.isfinite(loss):
+        _give_up(job, workload, history, loss)
     history.step_seconds.append(time.perf_counter() - started)
     history.losses.append(loss)
-    _check_number(loss, f"the loss of step {step + 1}")
     if workload.loss_scale is not None and workload.loss_scale.exhausted:
         raise UsageError(
             f"gradients of step {step + 1} overflow FP16 at every loss scale down to 1: the run has diverged, or the "
             'model needs a wider range; take precision.weights = "bf16" and precision.compute = "bf16"'
         )
+
+
+def _give_up(job: Run, workload: Workload, history: _History, loss: float) -> NoReturn:
+    """Raises UsageError that names the step's rows; what was learned before is saved if the weights are still good."""
+    step = len(history.losses)
+    rows = job.data.step_rows(job.recipe, step)
+    named = ", ".join(str(row + 1) for row in rows[:_NAMED_ROWS]) + (", ..." if len(rows) > _NAMED_ROWS else "")
+    if step and not wrong_weight(workload):
+        _save(job, workload, history)
+    kept = (
+        f"{checkpoints_of(job.output)} holds what was learned before" if can_resume(job.output) else "nothing is kept"
+    )
+    raise UsageError(
+        f"the loss of step {step + 1} is {loss}, over rows {named} of the {len(job.data)} that the data makes: the run "
+        f"has diverged; {kept}; lower optimizer.learning_rate, compute in fp32, or look at those rows"
+    )
 
 
 def _record(job: Run, workload: Workload, history: _History, meter: RealMeter, steps: int) -> StepRecord:
@@ -250,14 +269,19 @@ def _check_number(value: float, subject: str) -> None:
 
 def _check_weights(workload: Workload, step: int) -> None:
     """Raises UsageError when a gradient that was no number has reached the weights (the loss shows it a step later)."""
+    if name := wrong_weight(workload):
+        _check_number(math.nan, f"a weight of {name} after step {step}")
+
+
+def wrong_weight(workload: Workload) -> str:
+    """Name of a trained weight that is no number, on any rank; empty where all are."""
     wrong = ""
     for name, parameter in workload.trainable.items():
         part = part_of(parameter.detach())
         if part.numel() and not math.isfinite(part.abs().amax()):
             wrong = wrong or name
     # All ranks must know: those that went on would wait for this one.
-    if found := [name for name in workload.ranks.told(wrong) if name]:
-        _check_number(math.nan, f"a weight of {found[0]} after step {step}")
+    return next((name for name in workload.ranks.told(wrong) if name), "")
 
 
 def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches forward and backward, then the update. Rehearsed and real runs call this."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from brim.training.loss_scale import norm_of, unscaling
 def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: float) -> Tensor:
     """Mean loss per target token over all micro-batches of all ranks (an FP32 scalar); the parameters are updated.
 
+    NaN where a gradient was no number and clipping saw it: the parameters are then what they were.
     The mean is over all tokens of the step, not of means, so neither accumulation nor sharding changes what is learned.
     """
     num_targets = max(1, sum(batch.num_targets for batch in batches))
@@ -25,19 +27,26 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
     owners.switch("workspace")
     trainable = [parameter for parameter in workload.model.parameters() if parameter.requires_grad]
     owners.claim("gradients", [parameter.grad for parameter in trainable if parameter.grad is not None])
-    _update(workload, trainable)
+    if not _update(workload, trainable):
+        total.fill_(math.nan)
     owners.claim("optimizer", workload.optimizer.tensors())
     return workload.ranks.add(total / scale if scale != 1.0 else total)
 
 
-def _update(workload: Workload, trainable: Sequence[Tensor]) -> None:
-    """Clip and step; under loss scaling, skip the step when a gradient has overflowed."""
+def _update(workload: Workload, trainable: Sequence[Tensor]) -> bool:
+    """Clip and step; under loss scaling, skip the step when a gradient has overflowed.
+
+    False where clipping, which asks for the norm of all gradients, found one that is no number: nothing was stepped.
+    """
     max_norm, scale = workload.recipe.optimizer.max_grad_norm, workload.loss_scale
     if scale is None:
         if max_norm:
-            torch.nn.utils.clip_grad_norm_(trainable, max_norm)
+            norm = torch.nn.utils.clip_grad_norm_(trainable, max_norm)
+            if workload.recipe.parallel.sharding == "none" and not math.isfinite(norm.item()):
+                workload.optimizer.discard_gradients()
+                return False
         workload.optimizer.step()
-        return
+        return True
     norm = norm_of(parameter.grad for parameter in trainable if parameter.grad is not None)
     factor = unscaling(norm, scale, max_norm=max_norm)
     if factor is None:
@@ -45,6 +54,7 @@ def _update(workload: Workload, trainable: Sequence[Tensor]) -> None:
     else:
         workload.optimizer.step(factor)
     scale.update(finite=factor is not None)
+    return True
 
 
 def _backward(workload: Workload, batch: Batch, num_targets: float) -> Tensor:

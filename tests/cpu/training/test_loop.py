@@ -244,6 +244,32 @@ def test_a_run_that_diverges(
         assert math.isfinite(json.loads(line, parse_constant=pytest.fail)["loss"])
 
 
+def test_a_gradient_that_is_no_number_is_not_learned_from(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 stops the run and names its rows; what was learned before is kept, and from there the run ends as an
+    undisturbed one, bit by bit."""
+    whole, broken = (make_run("llama", output=tmp_path / name) for name in ("whole", "broken"))
+    run(whole)
+    count = 0
+
+    def poisoned(workload: Workload, batches: Any, *, learning_rate: float) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 3:
+            next(iter(workload.trainable.values())).register_hook(lambda gradient: gradient * math.nan)
+        return train_step(workload, batches, learning_rate=learning_rate)
+
+    rows = ", ".join(str(row + 1) for row in broken.data.step_rows(broken.recipe, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", poisoned)
+        with pytest.raises(UsageError, match=f"the loss of step 3 is nan, over rows {rows} of"):
+            run(broken)
+    run(replace(broken, resume=True))
+    ours, theirs = (load_file(job.output / "model.safetensors") for job in (whole, broken))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_nan_weights(make_run: MakeRun, tmp_path: Path) -> None:
     """Weights with a NaN end the run in step 1 and leave nothing at all."""
     job = make_run("llama")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from brim.errors import RecipeError
@@ -24,12 +25,22 @@ MakeWorkload = Callable[[Recipe], Workload]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("llama", Lora(rank=4)),
+        ("gpt2", Lora(rank=4)),
+        ("t5", Lora(rank=4)),
+        ("llama", Lora(rank=4, rslora=True)),
+        ("llama", Lora(rank=4, dora=True)),
+    ],
+    ids=["llama", "gpt2", "t5", "rslora", "dora"],
+)
 def test_adapters_alone_learn(
-    family: str, make_recipe: MakeRecipe, make_workload: MakeWorkload, tmp_path: Path
+    family: str, lora: Lora, make_recipe: MakeRecipe, make_workload: MakeWorkload, tmp_path: Path
 ) -> None:
     """After steps the base is bitwise what it was, each adapter has moved, and PEFT rebuilds the trained model."""
-    recipe = make_recipe(family, method="lora", lora=Lora(rank=4))
+    recipe = make_recipe(family, method="lora", lora=lora)
     workload, spec = make_workload(recipe), describe(recipe.model)
     before = {name: parameter.detach().clone() for name, parameter in workload.model.named_parameters()}
     for step in range(3):
@@ -102,3 +113,25 @@ def test_unknown_targets(
     known = "c_attn" if family == "gpt2" else "q_proj"
     with pytest.raises(RecipeError, match=said):
         make_workload(make_recipe(family, method="lora", lora=Lora(targets=(known, target))))
+
+
+def test_rslora_scales_by_the_root_of_the_rank(make_recipe: MakeRecipe, make_workload: MakeWorkload) -> None:
+    """Adapters are applied times alpha / sqrt(rank) with rsLoRA, alpha / rank without."""
+    for rslora, expected in ((True, 32 / 16**0.5), (False, 2.0)):
+        workload = make_workload(make_recipe("llama", method="lora", lora=Lora(rank=16, alpha=32, rslora=rslora)))
+        scalings = [module.scaling["default"] for module in workload.model.modules() if isinstance(module, LoraLayer)]
+        assert scalings and set(scalings) == {expected}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("method=qlora", "precision.weights=nf4"),
+        ("method=lora", "parallel.devices_per_node=2", "parallel.sharding=zero3"),
+    ],
+)
+def test_dora_reads_whole_weights(settings: tuple[str, ...], make_recipe: MakeRecipe) -> None:
+    """Where weights are packed or divided, DoRA is refused with the setting that runs."""
+    recipe = make_recipe("llama")
+    with pytest.raises(RecipeError, match=r"lora\.dora = true reads whole weights.*nearest: lora\.dora = false"):
+        recipe.with_settings(["lora.dora=true", *settings])
