@@ -12,14 +12,18 @@ _PATTERNS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json",
-    "licen[cs]e*", "notice*", "copying*", "use_policy*",
 )  # fmt: skip
+_TERMS = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
 
 
-def companions(directory: Path) -> tuple[Path, ...]:
-    """The files to copy. Raises ModelFileError for a link that leads out of the directory."""
+def companions(directory: Path, *, all_in_one: bool = False) -> tuple[Path, ...]:
+    """The files to copy; beside weights that have config and tokenizer with them, terms alone.
+
+    Raises ModelFileError for a link that leads out of the directory.
+    """
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
-    wanted = (name for name in names if any(fnmatch(name.lower(), pattern) for pattern in _PATTERNS))
+    patterns = _TERMS if all_in_one else _PATTERNS + _TERMS
+    wanted = (name for name in names if any(fnmatch(name.lower(), pattern) for pattern in patterns))
     return tuple(checked_file(directory, name) for name in wanted)
 
 

@@ -63,6 +63,8 @@ class Conversion:
     """Memory that `encode` takes, for each element, beside the block itself."""
     constants: tuple[tuple[TensorSpec, bytes], ...] = ()
     """Further outputs, known beforehand: a table, a shape."""
+    by_column: bool = False
+    """Rows are the source's columns: what transformers keeps transposed (GPT-2's Conv1D)."""
     format: str = ""
     """Of the elements, where the first output's dtype does not say it: several are packed into one of its elements."""
     integers: Integers | None = None

@@ -17,15 +17,18 @@ from brim.checkpoints.audit import REPORT_NAME, QuantizationReport, tensor_repor
 from brim.checkpoints.calibrate import CalibrationText, calibrate, decisions_of
 from brim.checkpoints.companions import companions, copy_companions
 from brim.checkpoints.conversion import BLOCK_ELEMENTS
-from brim.checkpoints.job import Job, ScaleChoice, Target, as_json, plan_job
+from brim.checkpoints.job import Job, as_json, plan_job
 from brim.checkpoints.journal import NAME as JOURNAL
 from brim.checkpoints.journal import Done, Journal, has_chunks, identity_in
+from brim.checkpoints.layouts import gguf
 from brim.checkpoints.statistics import Statistics
 from brim.checkpoints.stream import CHUNK_BLOCKS, Chunk, Places, chunks_of, convert, count_workers, look_through, verify
+from brim.checkpoints.targets import Family, ScaleChoice, Target
 from brim.checkpoints.writer import create
 from brim.errors import DoesNotFitError, ModelFileError, Stopped, UsageError
 from brim.models import describe
 from brim.models.directory import StoredTensor, stored_tensors
+from brim.models.gguf_header import read_gguf_header
 from brim.numerics.granularity import Granularity
 from brim.publish import alone, appear, check_room, partial_of, sync_tree
 from brim.units import MIB, Progress, no_progress
@@ -41,6 +44,7 @@ def quantize(
     *,
     to: Target,
     granularity: Granularity | None = None,
+    layout: Family | None = None,
     scales: ScaleChoice = "absmax",
     calibration: CalibrationText | None = None,
     memory_bytes: int = MEMORY_BYTES,
@@ -49,9 +53,10 @@ def quantize(
     calibration_progress: Progress = no_progress,
 ) -> QuantizationReport:
     """Write the model in directory `source` to the new directory `output`, its floats as FP16 or BF16, or its linear
-    weights as INT8 or INT4 (compressed-tensors); tokenizer, generation settings and licences go along. `granularity` is
-    that of integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen;
-    `calibration` is the text that "calibrated" needs, and what that decides is kept beside the output until it is done.
+    weights as INT8, INT4 or FP8 (compressed-tensors), INT8 or NF4 (bitsandbytes), or all of it in one GGUF file;
+    tokenizer, generation settings and licences go along. `layout` None: the format's default. `granularity` is that of
+    integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen; `calibration` is the
+    text that "calibrated" needs, and what that decides is kept beside the output until it is done.
 
     Takes at most `memory_bytes` beside what the interpreter has. `progress` counts bytes read from the source and back
     from the output. The output appears whole or not at all. With `resume`, what a killed run did is not done again,
@@ -64,7 +69,7 @@ def quantize(
     check_output(output, source=source)
     spec = describe(str(source.resolve()))
     _check_calibration(scales, calibration)
-    job = plan_job(source, spec, to, granularity=granularity, scales=scales)
+    job = plan_job(source, spec, to, granularity=granularity, layout=layout, scales=scales)
     place, partial = output.absolute(), partial_of(output.absolute())
     with _full_disk(output), alone(place), _decisions_removed(place):
         if calibration is not None:
@@ -78,7 +83,7 @@ def quantize(
         with _removed_unless_resumable(partial):
             collected = _write(partial, job, go_on=go_on, workers=workers, progress=progress)
             report = _report(source, job, collected, to)
-            copy_companions(companions(source), partial)
+            copy_companions(companions(source, all_in_one=report.layout == gguf.LAYOUT), partial)
             (partial / REPORT_NAME).write_text(as_json(report.to_dict()), encoding="utf-8")
             (partial / JOURNAL).unlink()
             appear(partial, place)
@@ -106,6 +111,7 @@ def audit(
     *,
     to: Target,
     granularity: Granularity | None = None,
+    layout: Family | None = None,
     scales: ScaleChoice = "absmax",
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress = no_progress,
@@ -116,7 +122,7 @@ def audit(
     """
     if scales == "calibrated":
         raise UsageError("--audit looks at weights alone; leave --scales calibrated away, or use --scales mse")
-    job = plan_job(source, describe(str(source.resolve())), to, granularity=granularity, scales=scales)
+    job = plan_job(source, describe(str(source.resolve())), to, granularity=granularity, layout=layout, scales=scales)
     workers = count_workers(job.conversions, memory_bytes=memory_bytes)
     chunks = tuple(chunk for conversion in job.conversions for chunk in chunks_of(conversion))
     collected = _Collected(job, progress, read_back=False)
@@ -229,7 +235,7 @@ def _write(directory: Path, job: Job, *, go_on: bool, workers: int, progress: Pr
     places = {spec.name: (directory / file.name, file.places[spec.name]) for file in job.files for spec in file.tensors}
     with Journal(directory, _identity(job)) as journal:
         convert(chunks, places, workers=workers, journal=journal, collect=collected.add)
-    verify(collected.done, _places_read(directory), workers=workers, count=collected.count)
+    verify(collected.done, _places_read(directory, job), workers=workers, count=collected.count)
     return collected
 
 
@@ -260,8 +266,12 @@ class _Collected:
         self._progress(self._bytes, self._total)
 
 
-def _places_read(directory: Path) -> Places:
+def _places_read(directory: Path, job: Job) -> Places:
     """Where the headers of the files, read anew, say that the tensors are."""
+    if job.layout == gguf.LAYOUT:
+        path = directory / gguf.NAME
+        header = read_gguf_header(path)
+        return {entry.spec.name: (path, header.data_start + entry.begin) for entry in header.tensors}
     return {stored.spec.name: (stored.path, stored.offset) for stored in stored_tensors(directory)}
 
 

@@ -4,17 +4,20 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from brim.checkpoints.bitsandbytes_rows import plan_bitsandbytes
 from brim.checkpoints.conversion import Conversion, Integers, cast, keep
 from brim.checkpoints.float_rows import WORK_BYTES as FLOAT_WORK_BYTES
 from brim.checkpoints.float_rows import encode_float_rows
+from brim.checkpoints.gguf_rows import plan_gguf
 from brim.checkpoints.integer_rows import encode_rows
-from brim.checkpoints.layouts import float_quantized, int_quantized, pack_quantized, plain
+from brim.checkpoints.layouts import bitsandbytes, float_quantized, gguf, int_quantized, pack_quantized, plain
 from brim.checkpoints.linears import find_linears
 from brim.checkpoints.packed_rows import WORK_BYTES, encode_packed
 from brim.checkpoints.searched_rows import WORK_BYTES as SEARCH_WORK_BYTES
 from brim.checkpoints.searched_rows import encode_searched, unpacked
+from brim.checkpoints.targets import Family, ScaleChoice, Target, checked_layout
 from brim.checkpoints.writer import OutputFile, index_of, plan_shards
 from brim.errors import UsageError
 from brim.models.directory import INDEX, StoredTensor, checked_file, stored_tensors
@@ -24,10 +27,6 @@ from brim.numerics.encode import TORCH_DTYPES
 from brim.numerics.formats import FORMATS
 from brim.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
-Target = Literal["fp16", "bf16", "int8", "int4", "fp8"]
-ScaleChoice = Literal["absmax", "mse", "calibrated"]
-"""The largest element of a block becomes the last code; or the scale with the least squared error, searched; or with
-the least error of a layer's outputs on a text, and codes with error feedback (what no calibration reaches: as mse)."""
 _DEFAULT_GRANULARITY: Mapping[str, Granularity] = {"int8": PerChannel(), "int4": PerGroup(32), "fp8": PerChannel()}
 CONFIG = "config.json"
 _FLOATS = ("fp64", "fp32", "fp16", "bf16")
@@ -51,36 +50,46 @@ def plan_job(
     to: Target,
     *,
     granularity: Granularity | None = None,
+    layout: Family | None = None,
     scales: ScaleChoice = "absmax",
 ) -> Job:
     """Raises UsageError for a source that is quantized already, in which nothing would change, or whose rows the
-    granularity does not suit (None: INT8 by channel, INT4 by groups of 32)."""
+    granularity does not suit (None: INT8 by channel, INT4 by groups of 32), a layout that does not hold the format."""
     config = read_json_object(checked_file(source, CONFIG))
     stored = stored_tensors(source)
     if not stored:
         raise UsageError(f"{source} has a config.json but no weights; copy its safetensors files beside it")
     _check_unquantized(source, config, stored)
+    family = checked_layout(to, layout)
     granularity = _checked_granularity(to, granularity)
     _check_scales(to, scales)
-    if granularity is not None:
-        conversions, config, layout = _to_integers(spec, stored, config, to, granularity, scales)
+    if family == "bitsandbytes" and (scales != "absmax" or isinstance(granularity, PerGroup)):
+        raise UsageError("bitsandbytes' INT8 has absmax scales by channel; leave --scales and --granularity away")
+    if family == "gguf":
+        conversions, file = plan_gguf(source, spec, config, stored, to=to)
+        return Job(conversions, (file,), {}, gguf.LAYOUT, settings=f"{to} {gguf.LAYOUT}")
+    if family == "bitsandbytes":
+        conversions, config = plan_bitsandbytes(spec, config, stored, to=to)
+        name = bitsandbytes.LAYOUT
+    elif granularity is not None:
+        conversions, config, name = _to_integers(spec, stored, config, to, granularity, scales)
     else:
         conversions = tuple(_to_float(tensor, to) for tensor in stored)
-        config, layout = plain.config(config, to=to), "plain"
+        config, name = plain.config(config, to=to), "plain"
     if all(conversion.outputs == (conversion.source.spec,) for conversion in conversions):
         raise UsageError(f"{source} has {_nothing(spec, to)}")
     files = plan_shards(conversion.tensors for conversion in conversions)
     texts = {CONFIG: as_json(config)}
     if index := index_of(files):
         texts[INDEX] = as_json(index)
-    return Job(conversions, files, texts, layout, settings=f"{to} {granularity} {scales}")
+    return Job(conversions, files, texts, name, settings=f"{to} {name} {granularity} {scales}")
 
 
 def _checked_granularity(to: Target, granularity: Granularity | None) -> Granularity | None:
     """Of the integers; None for floats."""
     if to not in _DEFAULT_GRANULARITY:
         if granularity is not None:
-            raise UsageError(f"--to {to} has no scales, so --granularity has no effect; leave it away")
+            raise UsageError(f"--to {to} leaves no choice of granularity, so it has no effect; leave it away")
         return None
     if isinstance(granularity, PerTensor):
         # A block is encoded when it is read; a scale for the whole tensor would take reading it twice, for less.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from brim.errors import UsageError
 from brim.models.quiet import quiet_transformers
@@ -21,13 +22,19 @@ class Linears(NamedTuple):
     """Names in the file of the weights to quantize."""
     left_alone: tuple[str, ...]
     """Names in the model of the linear modules that keep their format: the head, and those without a tensor here."""
+    transposed: frozenset[str] = frozenset()
+    """Names in the file of the weights of Conv1D modules (GPT-2), linear ones whose weights lie transposed."""
 
 
-def find_linears(spec: ModelSpec, *, tensors: Iterable[str]) -> Linears:
+def find_linears(
+    spec: ModelSpec, *, tensors: Iterable[str], row_multiple: int = 1, of_bitsandbytes: bool = False
+) -> Linears:
     """The linear modules of this model, by building it without memory for its weights.
 
-    `tensors` names those in the file that can be quantized. The output head is left alone, and every module that shares
-    its weight with another: quantizing one of them would untie the two.
+    `tensors` names those in the file that can be quantized, if their inputs are a multiple of `row_multiple`.
+    `of_bitsandbytes`: what its readers see as linear: Conv1D too, and not what transformers keeps in FP32 (T5's `wo`).
+    The output head is left alone, and every module that shares its weight with another: quantizing one of them would
+    untie the two.
     Raises UsageError for a family that transformers does not know, or that it cannot load with quantized weights.
     """
     with torch.device("meta"), quiet_transformers():
@@ -35,15 +42,27 @@ def find_linears(spec: ModelSpec, *, tensors: Iterable[str]) -> Linears:
     _check_unmerged(model, spec)
     modules = dict(model.named_modules())
     holders = Counter(id(parameter) for module in modules.values() for parameter in module.parameters(recurse=False))
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    kinds = (nn.Linear, Conv1D) if of_bitsandbytes else nn.Linear
+    linears = {name: module for name, module in modules.items() if isinstance(module, kinds)}
+    wide = tuple(model._keep_in_fp32_modules or ()) if of_bitsandbytes else ()
     head = model.get_output_embeddings()
     weights = file_names([f"{name}.weight" for name in linears], frozenset(tensors), model)
     wanted = {
         name: weights[f"{name}.weight"]
         for name, module in linears.items()
-        if f"{name}.weight" in weights and module is not head and holders[id(module.weight)] == 1
+        if f"{name}.weight" in weights
+        and module is not head
+        and holders[id(module.weight)] == 1
+        and _inputs(module) % row_multiple == 0
+        and not name.endswith(wide)
     }
-    return Linears(frozenset(wanted.values()), tuple(sorted(linears.keys() - wanted.keys())))
+    transposed = frozenset(weight for name, weight in wanted.items() if isinstance(linears[name], Conv1D))
+    left_alone = tuple(sorted(linears.keys() - wanted.keys()))
+    return Linears(frozenset(wanted.values()) - transposed, left_alone, transposed)
+
+
+def _inputs(module: nn.Linear | Conv1D) -> int:
+    return module.in_features if isinstance(module, nn.Linear) else int(module.weight.shape[0])
 
 
 def _check_unmerged(model: PreTrainedModel, spec: ModelSpec) -> None:

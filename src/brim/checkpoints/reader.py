@@ -67,3 +67,18 @@ def read_into(descriptor: int, left: memoryview, begin: int, stored: StoredTenso
                 f"{stored.path}: ended inside tensor {stored.spec.name!r} while it was read; another program changed it"
             )
         left, offset = left[got:], offset + got
+
+
+def read_columns(descriptor: int, first: int, buffer: Tensor, stored: StoredTensor) -> Tensor:
+    """Columns of a matrix from the column `first` on, as many as fill the buffer, one after another, anew.
+
+    Reads a piece of each row. Raises ModelFileError at the file's end.
+    """
+    rows, width = stored.spec.shape
+    pieces = buffer.view(rows, -1)
+    left = pieces.view(torch.uint8).numpy().data.cast("B")
+    piece_bytes, row_bytes = len(left) // rows, width * buffer.itemsize
+    for row in range(rows):
+        piece = left[row * piece_bytes : (row + 1) * piece_bytes]
+        read_into(descriptor, piece, row * row_bytes + first * buffer.itemsize, stored)
+    return pieces.t().reshape(-1)

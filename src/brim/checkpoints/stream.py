@@ -20,7 +20,7 @@ from torch import Tensor
 from brim.checkpoints.conversion import BLOCK_ELEMENTS, Conversion
 from brim.checkpoints.crew import share_out
 from brim.checkpoints.journal import Done, Journal
-from brim.checkpoints.reader import element_type, opened, read_into
+from brim.checkpoints.reader import element_type, opened, read_columns, read_into
 from brim.checkpoints.scratch import Scratch
 from brim.checkpoints.statistics import RowSums, Statistics, add_up
 from brim.checkpoints.writer import bytes_of, write_at
@@ -146,11 +146,14 @@ def _convert(chunk: Chunk, places: Places | None, scratch: Scratch) -> Done:
         for first in range(chunk.first, chunk.first + chunk.elements, _block_elements(conversion)):
             elements = min(_block_elements(conversion), chunk.first + chunk.elements - first)
             block = scratch.take("block", (elements,), dtype)
-            read_into(reading, bytes_of(block), first * dtype.itemsize, source)
+            if conversion.by_column:
+                block = read_columns(reading, first // conversion.row_elements, block, source)
+            else:
+                read_into(reading, bytes_of(block), first * dtype.itemsize, source)
             rows = block.view(-1, conversion.row_elements) if conversion.row_elements > 1 else block
             encoded = conversion.encoded(rows, first // conversion.row_elements, scratch)
             if not (isinstance(encoded.statistics, RowSums) and bool(torch.isfinite(encoded.statistics.top_R).all())):
-                _check_finite(block, source, first)
+                _check_finite(block, source, first, by_column=conversion.by_column)
             for number, part in enumerate(encoded.parts):
                 view = bytes_of(part)
                 if writing:
@@ -182,8 +185,9 @@ def _crc32(place: tuple[Path, int], first: int, nbytes: int, scratch: Scratch) -
     return crc32
 
 
-def _check_finite(block: Tensor, source: StoredTensor, first: int) -> None:
-    """Raises ModelFileError with the place of the first NaN or Inf; the block begins at element `first`."""
+def _check_finite(block: Tensor, source: StoredTensor, first: int, *, by_column: bool = False) -> None:
+    """Raises ModelFileError with the place of the first NaN or Inf; the block begins at element `first`, counted
+    down the columns if `by_column`."""
     if not block.is_floating_point():
         return
     if block.itemsize == 1:
@@ -194,7 +198,9 @@ def _check_finite(block: Tensor, source: StoredTensor, first: int) -> None:
     wrong = (~torch.isfinite(block)).nonzero()
     if len(wrong):
         place = int(wrong[0])
-        index = [int(axis) for axis in torch.unravel_index(torch.tensor(first + place), source.spec.shape)]
+        shape = source.spec.shape[::-1] if by_column else source.spec.shape
+        index = [int(axis) for axis in torch.unravel_index(torch.tensor(first + place), shape)]
+        index = index[::-1] if by_column else index
         raise ModelFileError(
             f"{source.path}: tensor {source.spec.name!r} holds {float(block[place])} at index {index}; "
             "a model with such weights cannot be right, so it is not converted"
@@ -271,4 +277,5 @@ def _block_elements(conversion: Conversion) -> int:
 def _worker_bytes(conversion: Conversion) -> int:
     elements = min(_block_elements(conversion), _numel(conversion.source))
     itemsize = element_type(conversion.source.spec).itemsize
-    return _READ_BACK_BYTES + elements * (itemsize + conversion.work_bytes)
+    copies = 2 if conversion.by_column else 1
+    return _READ_BACK_BYTES + elements * (copies * itemsize + conversion.work_bytes)

@@ -32,10 +32,13 @@ class OutputFile(NamedTuple):
     header: bytes
     places: Mapping[str, int]
     """Offsets in the file."""
+    alignment: int = 1
+    """The file's length is a multiple of it."""
 
     @property
     def nbytes(self) -> int:
-        return max((self.places[spec.name] + spec.nbytes for spec in self.tensors), default=len(self.header))
+        end = max((self.places[spec.name] + spec.nbytes for spec in self.tensors), default=len(self.header))
+        return -(-end // self.alignment) * self.alignment
 
 
 def safetensors_file(name: str, tensors: Iterable[TensorSpec]) -> OutputFile:

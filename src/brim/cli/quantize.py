@@ -18,9 +18,17 @@ from brim.report import SCHEMA
 if TYPE_CHECKING:
     from brim.checkpoints.audit import QuantizationReport
     from brim.checkpoints.calibrate import CalibrationText
-    from brim.checkpoints.job import ScaleChoice, Target
+    from brim.checkpoints.targets import Family, ScaleChoice, Target
 
 WORST = 5
+_Layout = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Whose form: plain, compressed-tensors, bitsandbytes or gguf; default: the first that holds FORMAT.",
+        show_default=False,
+    ),
+]
 _Granularity = Annotated[
     str | None,
     typer.Option(
@@ -52,11 +60,12 @@ _Memory = Annotated[
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, Hub id, directory or .gguf file.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="int8, int4, fp8, fp16 or bf16.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="int8, int4, nf4, fp8, q8_0, q4_0, fp32, fp16 or bf16.")],
     output: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A directory to make; default: ./MODEL-FORMAT.", show_default=False),
     ] = None,
+    layout: _Layout = None,
     granularity: _Granularity = None,
     scales: _Scales = "absmax",
     calibration: _Calibration = None,
@@ -67,14 +76,14 @@ def command(
     plot: _Plot = None,
     json: Json = False,
 ) -> None:
-    """A smaller checkpoint: FP16, BF16, or INT8, INT4 or FP8 linear weights."""
+    """A smaller checkpoint: floats, INT8, INT4 or FP8 linear weights, or a GGUF file."""
     from brim.checkpoints.convert import audit, check_output, quantize
-    from brim.checkpoints.job import ScaleChoice, Target
+    from brim.checkpoints.targets import Family, ScaleChoice, Target
     from brim.models import describe
     from brim.models.weights import local_directory
     from brim.numerics.granularity import parse_granularity
 
-    target = _target(to, get_args(Target))
+    target, family = _target(to, get_args(Target)), _family(layout, get_args(Family))
     choice = _choice("calibrated" if calibration else scales, get_args(ScaleChoice))
     text = _calibration_text(calibration, calibration_tokens)
     _check_audit(audit_only, output=output, resume=resume, calibration=calibration)
@@ -96,7 +105,8 @@ def command(
             make = partial(make, calibration_progress=bars.enter_context(console.progress("calibrating")))
         doing = f"{'auditing for' if audit_only else 'quantizing to'} {target}"
         listen = bars.enter_context(console.progress(doing, in_bytes=True))
-        report = make(to=target, granularity=shared, scales=choice, memory_bytes=memory_bytes, progress=listen)
+        settings: dict[str, Any] = {"to": target, "layout": family, "granularity": shared, "scales": choice}
+        report = make(**settings, memory_bytes=memory_bytes, progress=listen)
     seconds = time.perf_counter() - started
     _draw(plot, report)
     if json:
@@ -108,7 +118,8 @@ def command(
         return
     duration = units.format_duration(seconds)
     console.out.print(f"\nwritten to {place} in {duration}; every tensor: quantization_report.json", markup=False)
-    console.note(f"compare: brim evaluate {place} --baseline {model}")
+    made = place / "model.gguf" if report.layout == "gguf" else place
+    console.note(f"compare: brim evaluate {made} --baseline {model}")
 
 
 def _target(text: str, known: "tuple[Target, ...]") -> "Target":
@@ -138,6 +149,15 @@ def _calibration_text(path: Path | None, max_tokens: int) -> "CalibrationText | 
             "better than it is; use another"
         )
     return CalibrationText(text=text, max_tokens=max_tokens)
+
+
+def _family(text: str | None, known: "tuple[Family, ...]") -> "Family | None":
+    if text is None:
+        return None
+    family = next((name for name in known if name == text.lower()), None)
+    if family is None:
+        raise UsageError(f"unknown layout {text!r}; layouts: {', '.join(known)}")
+    return family
 
 
 def _choice(text: str, known: "tuple[ScaleChoice, ...]") -> "ScaleChoice":

@@ -26,7 +26,7 @@ from brim.checkpoints import convert
 from brim.checkpoints.calibrate import CalibrationText, decisions_of
 from brim.checkpoints.convert import audit, quantize
 from brim.checkpoints.decoder import FAMILIES, BlockwiseDecoder
-from brim.checkpoints.job import Target
+from brim.checkpoints.targets import Target
 from brim.cli import main
 from brim.errors import DataError, DoesNotFitError, UsageError
 from brim.inference import held_text

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from brim.checkpoints import conversion, job, stream
 from brim.checkpoints.convert import quantize
-from brim.checkpoints.job import Target
+from brim.checkpoints.targets import Target
 from brim.checkpoints.writer import plan_shards
 from brim.errors import UsageError
 from brim.models.directory import read_tensors

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from brim.checkpoints.convert import quantize
-from brim.checkpoints.job import Target
 from brim.checkpoints.layouts.pack_quantized import pack
+from brim.checkpoints.targets import Target
 from brim.errors import UsageError
 from brim.numerics.granularity import PerChannel, PerGroup, PerTensor
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from brim.checkpoints.convert import quantize
-from brim.checkpoints.job import Target
+from brim.checkpoints.targets import Target
 from brim.cli import main
 from brim.errors import UsageError
 from brim.numerics.granularity import PerGroup

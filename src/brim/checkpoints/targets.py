@@ -1,0 +1,36 @@
+"""What a conversion can be asked for: formats, and which layouts hold each."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from brim.errors import UsageError
+
+Target = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "nf4", "q8_0", "q4_0"]
+Family = Literal["plain", "compressed-tensors", "bitsandbytes", "gguf"]
+"""Whose layout it is; compressed-tensors has one for each format."""
+LAYOUTS: Mapping[Target, tuple[Family, ...]] = {
+    "fp32": ("plain", "gguf"),
+    "fp16": ("plain", "gguf"),
+    "bf16": ("plain", "gguf"),
+    "int8": ("compressed-tensors", "bitsandbytes"),
+    "int4": ("compressed-tensors",),
+    "fp8": ("compressed-tensors",),
+    "nf4": ("bitsandbytes",),
+    "q8_0": ("gguf",),
+    "q4_0": ("gguf",),
+}
+"""Format -> the layouts that hold it, the default first."""
+ScaleChoice = Literal["absmax", "mse", "calibrated"]
+"""The largest element of a block becomes the last code; or the scale with the least squared error, searched; or with
+the least error of a layer's outputs on a text, and codes with error feedback (what no calibration reaches: as mse)."""
+
+
+def checked_layout(to: Target, layout: Family | None) -> Family:
+    """The layout (None: the format's default). Raises UsageError for one that does not hold the format."""
+    if layout is not None and layout not in LAYOUTS[to]:
+        held = [format for format, layouts in LAYOUTS.items() if layout in layouts]
+        raise UsageError(
+            f"layout {layout} does not hold {to}; it holds {', '.join(held)}, and {to} goes into "
+            f"{' or '.join(LAYOUTS[to])}"
+        )
+    return layout or LAYOUTS[to][0]
