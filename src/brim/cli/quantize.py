@@ -116,10 +116,7 @@ def command(
     if audit_only:
         console.note(f"nothing was written; without --audit the model goes to {place}")
         return
-    duration = units.format_duration(seconds)
-    console.out.print(f"\nwritten to {place} in {duration}; every tensor: quantization_report.json", markup=False)
-    made = place / "model.gguf" if report.layout == "gguf" else place
-    console.note(f"compare: brim evaluate {made} --baseline {model}")
+    _print_place(report, place, model, seconds)
 
 
 def _target(text: str, known: "tuple[Target, ...]") -> "Target":
@@ -191,6 +188,13 @@ def _print(report: "QuantizationReport") -> None:
     if worst := _worst(report):
         console.out.print(f"\nThe {worst.row_count} tensors that lost most:")
         console.out.print(worst)
+
+
+def _print_place(report: "QuantizationReport", place: Path, model: str, seconds: float) -> None:
+    duration = units.format_duration(seconds)
+    console.out.print(f"\nwritten to {place} in {duration}; every tensor: quantization_report.json", markup=False)
+    made = place / "model.gguf" if report.layout == "gguf" else place
+    console.note(f"compare: brim evaluate {made} --baseline {model}")
 
 
 def _sizes(report: "QuantizationReport") -> Table:
