@@ -37,6 +37,7 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Directory to make; default runs/MODEL-METHOD.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; default as the recipe's epochs give.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Also write the model with the adapter in it.")] = False,
     device: options.DeviceName = "cpu",
     memory: options.Memory = None,
     method: options.Method = None,
@@ -63,13 +64,14 @@ def command(
         micro_batch_size=micro_batch_size,
         settings=[*spread, *(settings or []), *steps],
     )
+    _check_merge(recipe, merge=merge)
     target = output or Path("runs") / f"{Path(recipe.model).name}-{recipe.method}"
     places = {"--data": data, "--eval-data": eval_data, "--output": target, "--plot": plot}
     if recipe.parallel.devices > 1 and not is_rank():
         check_place(target, resume=resume)
         return start_ranks(recipe, places, device=device, memory=memory, resume=resume, json=json)
     cap = None if memory is None else units.parse_bytes(memory)
-    report = _run(recipe, spec, data, eval_data, target, device=device, cap=cap, resume=resume)
+    report = _run(recipe, spec, data, eval_data, target, device=device, cap=cap, resume=resume, merge=merge)
     if is_first():
         _draw(plot, report, target, budget_bytes=None if cap is None else report.predicted.budget_bytes)
         _conclude(report, device, target, json=json)
@@ -86,6 +88,7 @@ def _run(
     device: str,
     cap: int | None,
     resume: bool,
+    merge: bool,
 ) -> RunReport:
     """In this process: alone, or one of several ranks."""
     from brim.models.quiet import quiet_transformers
@@ -110,11 +113,23 @@ def _run(
                     predicted=predicted,
                     device=device,
                     resume=resume,
+                    merge=merge,
                     ranks=ranks,
                     progress=progress,
                 )
             with show_steps(recipe) as on_step:
                 return run(job, on_step=on_step, should_stop=stop.asked_after_step)
+
+
+def _check_merge(recipe: Recipe, *, merge: bool) -> None:
+    """Raises UsageError where there is no adapter to merge, or no process has the whole of the weights."""
+    if merge and not recipe.adapts:
+        raise UsageError(f'--merge puts an adapter into its base, and method = "{recipe.method}" trains none')
+    if merge and recipe.parallel.devices > 1:
+        raise UsageError(
+            "--merge writes from one process, and the recipe divides the weights among "
+            f"{recipe.parallel.devices}; leave it away, and merge the adapter with PEFT"
+        )
 
 
 def start_ranks(

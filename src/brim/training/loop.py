@@ -32,6 +32,7 @@ from brim.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brim.training.data import DataSet
 from brim.training.evaluation import mean_loss
 from brim.training.fake_quantized import save_integers
+from brim.training.merge import write_merged
 from brim.training.metrics import Metrics, StepRecord
 from brim.training.packing import check_apart
 from brim.training.parts import part_of, whole_state
@@ -51,6 +52,8 @@ from brim.units import format_bytes
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 """In what gloo and NCCL say when a process that they wait for is gone."""
+MERGED = "merged"
+"""Where in OUTPUT a merged model is."""
 _NAMED_ROWS = 16
 _RECENT_STEPS = 100
 """As many steps tell how long the rest will take."""
@@ -72,6 +75,8 @@ class Run:
     predicted: Prediction
     device: str = "cpu"
     resume: bool = False
+    merge: bool = False
+    """Beside the adapter, in `OUTPUT/merged`, the model with the adapter in it."""
     ranks: Ranks = ALONE
 
 
@@ -344,6 +349,10 @@ def _publish(job: Run, workload: Workload, history: _History, report: RunReport)
         workload.base.config.use_cache = job.spec.config.get("use_cache", True)
         if isinstance(workload.model, PeftModel):
             save_adapter(workload.model, job.spec, directory, state=whole)
+            if job.merge:
+                (directory / MERGED).mkdir()
+                write_merged(workload.model, directory / MERGED)
+                job.tokenizer.save_pretrained(directory / MERGED)
         elif job.recipe.method == "qat":
             save_integers(workload.base, directory, job.recipe)
         else:

@@ -27,6 +27,7 @@ def prepare(
     predicted: Prediction,
     device: str = "cpu",
     resume: bool = False,
+    merge: bool = False,
     ranks: Ranks = ALONE,
     progress: Progress = no_progress,
 ) -> Run:
@@ -49,6 +50,7 @@ def prepare(
         predicted=predicted,
         device=device,
         resume=resume,
+        merge=merge,
         ranks=ranks,
     )
 
