@@ -218,9 +218,9 @@ class Plan:
 
     @property
     def best(self) -> Prediction | None:
-        """The first recipe, if it fits by rehearsal."""
+        """The first recipe, if it fits: by rehearsal, or in a quick plan by closed form."""
         first = self.recipes[0] if self.recipes else None
-        return first if first and first.fits and first.method == "rehearsal" else None
+        return first if first and first.fits else None
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -1,6 +1,6 @@
 """`brim plan`: ranked recipes that fit a memory budget."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,6 +48,11 @@ def command(
     save: Annotated[
         Path | None, typer.Option(help="Write the best recipe to this TOML file.", show_default=False)
     ] = None,
+    gpus: options.Gpus = 1,
+    nodes: options.Nodes = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Closed form alone, no torch: in a moment, less sure.")
+    ] = False,
     anew: options.Anew = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -56,12 +61,14 @@ def command(
         method=method,
         seq_len=seq_len,
         global_batch_size=global_batch_size,
+        devices_per_node=gpus or 1,
+        nodes=nodes or 1,
         settings=tuple(settings or ()),
     )
     cap = parse_bytes(memory) if memory is not None else None
     try:
-        found = options.device_of(device, gpu, cap)
-        result = _search(model, found, options.budget_of(found, cap), risk, constraints, goal, anew)
+        found = options.device_of(device, gpu, cap, quick=quick)
+        result = _search(model, found, _budget(found, cap, constraints), risk, constraints, goal, anew, quick)
     except NothingFitsError as error:
         if json:
             console.print_json(error.plan.to_dict())
@@ -74,12 +81,27 @@ def command(
         _print(result, model, save)
 
 
+def _budget(device: Device, cap: int | None, constraints: Constraints) -> int:
+    """Of each device; a processor's is shared by its processes."""
+    budget = options.budget_of(device, cap)
+    return budget // constraints.devices_per_node if device.kind == "cpu" else budget
+
+
 def _search(
-    model: str, device: Device, budget: int, risk: float, constraints: Constraints, goal: Goal, anew: bool
+    model: str,
+    device: Device,
+    budget: int,
+    risk: float,
+    constraints: Constraints,
+    goal: Goal,
+    anew: bool,
+    quick: bool,
 ) -> Plan:
     spec = describe(model)
     if device.memory_free_bytes < budget:
         console.note(f"only {format_bytes(device.memory_free_bytes)} are free now, less than the budget")
+    if quick:
+        return plan(spec, device, budget_bytes=budget, rehearse=None, constraints=constraints, goal=goal)
     with console.progress(f"Rehearsing finalists for {spec.name}") as progress:
         return plan(
             spec,
@@ -146,6 +168,12 @@ def _cells(prediction: Prediction) -> tuple[str, ...]:
         format_count(float(f"{prediction.tokens_per_s:.2g}")),
         ("yes" if rehearsed else "likely") if prediction.fits else "no",
     )
+
+
+def _divided(recipe: Mapping[str, Any]) -> str:
+    """What several devices share."""
+    sharding = recipe["parallel"]["sharding"]
+    return "" if sharding == "none" else f", {sharding}"
 
 
 def _formats(precision: dict[str, str]) -> str:

@@ -34,7 +34,8 @@ class Device:
     """`9.0`; AMD's own names (`gfx942`); empty for a processor."""
     context_bytes: int | None = None
     """CUDA context, where it was measured on such a device."""
-
+    link_bytes_per_s: float = 0.0
+    """One direction, to the other devices of its machine; 0: not known."""
     operators: OperatorRates | None = None
     """How fast it runs each kind of operator, where it was calibrated."""
     identity: str = ""

@@ -30,6 +30,7 @@ _METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora
 _CHECKPOINTING: tuple[Settings, ...] = tuple({"memory.activation_checkpointing": kind} for kind in ("none", "full"))
 _OPTIMIZERS: tuple[Settings, ...] = tuple({"optimizer.name": name} for name in ("adamw", "adamw8bit"))
 _LOSS: tuple[Settings, ...] = tuple({"memory.loss": kind} for kind in ("full", "chunked"))
+_SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "hsdp")
 _LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4, "qat": 2e-5}
 
 
@@ -42,6 +43,8 @@ class Constraints:
     """None: 1024, or as many as the model knows positions if that is less."""
     global_batch_size: int | None = None
     """Rows of an optimizer step, in micro-batches that divide it; None: one micro-batch of any size is a step."""
+    devices_per_node: int = 1
+    nodes: int = 1
     may_offload: bool = False
     """Whether the device has a host with memory of its own."""
     settings: tuple[str, ...] = ()
@@ -60,18 +63,18 @@ def candidates(spec: ModelSpec, constraints: Constraints) -> list[Recipe]:
     """
     _check(constraints)
     base = base_recipe(spec, constraints)
-    found: dict[str, Recipe] = {}
+    found: dict[Recipe, None] = {}
     refusal: RecipeError | None = None
     for settings in _combinations(base, constraints):
         try:
-            recipe = base.with_settings(f"{key}={value}" for key, value in settings.items())
+            recipe = base.with_values(settings)
         except RecipeError as error:
             refusal = refusal or error
         else:
-            found.setdefault(repr(recipe), recipe)
+            found[recipe] = None
     if not found:
         raise refusal or UsageError("no recipe meets these constraints; pin fewer keys")
-    return list(found.values())
+    return list(found)
 
 
 def base_recipe(spec: ModelSpec, constraints: Constraints) -> Recipe:
@@ -90,11 +93,19 @@ def base_recipe(spec: ModelSpec, constraints: Constraints) -> Recipe:
         # A pinned format may contradict one row and go with another.
         row = [f"method={method}", *(f"{key}={value}" for key, value in precision.items())]
         try:
-            return recipe.with_settings([*row, *constraints.settings])
+            return recipe.with_settings([*row, *_spread(constraints), *constraints.settings])
         except RecipeError as error:
             refusal = refusal or error
     assert refusal is not None
     raise refusal
+
+
+def _spread(constraints: Constraints) -> list[str]:
+    """Several devices, sharing everything until the search says what."""
+    if constraints.devices_per_node * constraints.nodes == 1:
+        return []
+    counts = f"parallel.devices_per_node={constraints.devices_per_node}", f"parallel.nodes={constraints.nodes}"
+    return [*counts, "parallel.sharding=zero3"]
 
 
 def num_positions(spec: ModelSpec) -> int | None:
@@ -137,6 +148,7 @@ def _combinations(base: Recipe, constraints: Constraints) -> Iterator[dict[str, 
         _LOSS,
         _OPTIMIZERS,
         _offloads(constraints),
+        _shardings(base),
     )
     open_axes = [_allowed(rows, base, constraints.pinned) for rows in axes]
     for rows in product(*open_axes):
@@ -157,6 +169,13 @@ def _combinations(base: Recipe, constraints: Constraints) -> Iterator[dict[str, 
         if "optimizer.learning_rate" not in constraints.pinned:
             settings["optimizer.learning_rate"] = _LEARNING_RATES.get(method, base.optimizer.learning_rate)
         yield settings
+
+
+def _shardings(base: Recipe) -> tuple[Settings, ...]:
+    """What several devices may divide; each candidate's own rules refuse what does not go with it."""
+    if base.parallel.data_ranks == 1:
+        return ({},)
+    return tuple({"parallel.sharding": kind} for kind in _SHARDINGS)
 
 
 def _offloads(constraints: Constraints) -> tuple[Settings, ...]:
@@ -191,10 +210,16 @@ def _methods(base: Recipe, constraints: Constraints) -> tuple[Settings, ...]:
 
 def _batches(base: Recipe, constraints: Constraints) -> tuple[Settings, ...]:
     """Micro-batch and accumulation. With a global batch: every micro-batch that divides it."""
-    rows, pinned = constraints.global_batch_size, constraints.pinned
+    rows, pinned, ranks = constraints.global_batch_size, constraints.pinned, base.parallel.data_ranks
     sizes = [2**power for power in range(_LARGEST_MICRO_BATCH.bit_length())]
     if rows is None:
         return tuple({"micro_batch_size": size, "grad_accumulation": base.grad_accumulation} for size in sizes)
+    if rows % ranks:
+        raise UsageError(
+            f"--global-batch-size {rows} and {ranks} devices contradict each other: each device takes as many rows; "
+            f"nearest: --global-batch-size {max(1, rows // ranks) * ranks}"
+        )
+    rows //= ranks
     divisors = [size for size in range(1, min(rows, _LARGEST_MICRO_BATCH) + 1) if rows % size == 0]
     pairs = [(size, rows // size) for size in divisors]
     if "micro_batch_size" in pinned:

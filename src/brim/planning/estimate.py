@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from brim.errors import UsageError
 from brim.hardware.device import Device
-from brim.memory import closed_form, rough
+from brim.memory import closed_form, rough, sharded
 from brim.memory.constants import context_bytes, cublas_workspace_bytes
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
@@ -16,16 +15,9 @@ from brim.units import format_bytes
 
 def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: int) -> Prediction:
     """Peak and step time without running anything; roughly where the closed form does not know the family or head."""
-    if recipe.parallel.devices > 1:
-        raise UsageError(
-            f"the closed form knows one device, and the recipe has {recipe.parallel.devices}; rehearse it: leave "
-            "--quick away"
-        )
+    ledger, error_band = _ledger(spec, recipe)
     reasons: tuple[str, ...] = ()
-    if rough.closed_form_knows(spec, recipe):
-        ledger, error_band = closed_form.closed_form(spec, recipe), closed_form.ERROR_BAND
-    else:
-        ledger, error_band = rough.rough(spec, recipe), rough.ERROR_BAND
+    if not rough.closed_form_knows(spec, recipe):
         reasons = (f"rough: no closed form for {spec.model_type}, {recipe.task}; a rehearsal is exact",)
     on_gpu = device.kind == "cuda"
     host_bytes = None
@@ -54,6 +46,19 @@ def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
         error_band=error_band,
         reasons=reasons,
     )
+
+
+def _ledger(spec: ModelSpec, recipe: Recipe) -> tuple[Ledger, tuple[float, float]]:
+    """Of the busiest device's tensors, and how far off it may be."""
+    divided = recipe.parallel.data_ranks > 1 and recipe.parallel.sharding not in ("ddp", "zero1")
+    if not rough.closed_form_knows(spec, recipe):
+        found = rough.rough(spec, recipe)
+        return sharded.divided(found, spec, recipe) if recipe.parallel.data_ranks > 1 else found, rough.ERROR_BAND
+    if divided:
+        return sharded.sharded(spec, recipe), sharded.ERROR_BAND
+    if recipe.parallel.data_ranks > 1:
+        return sharded.copied(spec, recipe), sharded.ERROR_BAND
+    return closed_form.closed_form(spec, recipe), closed_form.ERROR_BAND
 
 
 def lower_bound(prediction: Prediction) -> int:

@@ -40,12 +40,12 @@ def plan(
     device: Device,
     *,
     budget_bytes: int,
-    rehearse: Rehearse,
+    rehearse: Rehearse | None,
     constraints: Constraints | None = None,
     goal: Goal = "fastest",
     progress: Progress = no_progress,
 ) -> Plan:
-    """Recipes ranked for the goal; the first is rehearsed and fits the budget.
+    """Recipes ranked for the goal; the first is rehearsed and fits the budget. `rehearse` None: by closed form alone.
 
     `progress` counts finalists found. Raises NothingFitsError when no candidate fits; UsageError (RecipeError) when
     the constraints leave no candidate.
@@ -57,9 +57,11 @@ def plan(
     }
     recipe_of = {id(prediction): recipe for recipe, prediction in quick.values()}
     ranked = rank((prediction for _, prediction in quick.values()), goal)
-    trial = _Trial(rehearse=lambda prediction: rehearse(recipe_of[id(prediction)]), progress=progress)
-    trial.run([p for p in ranked if lower_bound(p) <= budget_bytes], goal)
-    if not trial.fitting:
+    exact = rehearse or (lambda recipe: quick[repr(recipe)][1])
+    trial = _Trial(rehearse=lambda prediction: exact(recipe_of[id(prediction)]), progress=progress)
+    if rehearse is not None:
+        trial.run([p for p in ranked if lower_bound(p) <= budget_bytes], goal)
+    if not trial.fitting and (rehearse is not None or not any(p.fits for p in ranked)):
         lightest = trial.rehearsed(rank(ranked, "lightest")[0])
         if lightest.fits:
             trial.fitting.append(lightest)

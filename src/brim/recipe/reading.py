@@ -3,6 +3,7 @@
 import dataclasses
 import tomllib
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from brim.errors import RecipeError, did_you_mean
@@ -12,7 +13,7 @@ _Section = TypeVar("_Section")
 
 def read(section: type[_Section], values: Mapping[str, Any], *, where: str, prefix: str = "") -> _Section:
     """A dataclass from the plain values of a TOML file. Raises RecipeError that starts with `where`."""
-    hints = get_type_hints(section)
+    hints = _hints(section)
     for key in values:
         if key not in hints:
             raise RecipeError(f"{where}: unknown key {prefix + key!r}{_key_meant(key, hints, prefix)}")
@@ -23,11 +24,21 @@ def read(section: type[_Section], values: Mapping[str, Any], *, where: str, pref
         raise RecipeError(f"{where}: {error}") from None
 
 
+def _hints(section: Any) -> Mapping[str, Any]:
+    """Field -> type. Reading them takes longer than all else, and a plan makes hundreds of recipes."""
+    return _read_hints(section)
+
+
+@cache
+def _read_hints(section: Any) -> Mapping[str, Any]:
+    return get_type_hints(section)
+
+
 def _key_meant(key: str, hints: Mapping[str, Any], prefix: str) -> str:
     """The keys of this section that look like it, or the section where it really belongs."""
     if prefix == "":
         for name, section in hints.items():
-            if dataclasses.is_dataclass(section) and key in get_type_hints(section):
+            if dataclasses.is_dataclass(section) and key in _hints(section):
                 return f"; it belongs in [{name}], as {name}.{key}"
     return did_you_mean(key, hints) or f"; known: {', '.join(hints)}"
 
@@ -79,7 +90,7 @@ def parse_value(text: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists, at any depth: what TOML and JSON know."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+    """Records as dictionaries and tuples as lists, at any depth: what TOML and JSON know."""
+    if dataclasses.is_dataclass(value):
+        return {name: plain(getattr(value, name)) for name in _hints(type(value))}
     return list(value) if isinstance(value, tuple) else value

@@ -141,3 +141,10 @@ class Parallel:
     def data_ranks(self) -> int:
         """Devices (or groups of `tensor` devices) that see different rows."""
         return max(1, self.devices // (self.tensor * self.pipeline))
+
+    @property
+    def state_shards(self) -> int:
+        """Devices that share one copy of the optimizer's states."""
+        if self.sharding in ("none", "ddp"):
+            return 1
+        return max(1, self.data_ranks // (self.nodes if self.sharding == "hsdp" else 1))

@@ -6,8 +6,8 @@ shipped ones: nothing says more about a machine than the machine.
 
 import csv
 import json
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -54,15 +54,27 @@ def shipped_errors() -> dict[str, tuple[float, ...]]:
 
 def own_errors(basis: str, identity: str, *, path: Path | None = None) -> Sequence[float]:
     """Of the user's runs on this device, the latest last; damaged lines are passed over."""
-    errors = []
-    for line in _lines(path or runs_path()):
+    file = path or runs_path()
+    try:
+        changed = file.stat().st_mtime_ns
+    except OSError:
+        return []
+    return list(_kept(file, changed).get((basis, identity), ()))[-_MOST_RUNS:]
+
+
+@lru_cache(maxsize=4)
+def _kept(path: Path, changed: int) -> Mapping[tuple[str, str], tuple[float, ...]]:
+    """Errors of the file by basis and device, read once until it changes: a plan asks for each of its recipes."""
+    errors: dict[tuple[str, str], tuple[float, ...]] = {}
+    for line in _lines(path):
         try:
             row = json.loads(line)
-            if (row["basis"], row["identity"]) == (basis, identity) and -1 < row["error"] < float("inf"):
-                errors.append(float(row["error"]))
+            if -1 < row["error"] < float("inf"):
+                key = (row["basis"], row["identity"])
+                errors[key] = (*errors.get(key, ()), float(row["error"]))
         except (ValueError, KeyError, TypeError):
             continue
-    return errors[-_MOST_RUNS:]
+    return errors
 
 
 def keep_run(*, basis: str, identity: str, predicted_s: float, measured_s: float, path: Path | None = None) -> None:

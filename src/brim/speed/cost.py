@@ -18,7 +18,7 @@ class Cost:
     hours: float
     hours_range: Range | None
     price_usd: float | None
-    """Of as many hours of one device, as its price was seen once; None where none is known."""
+    """Of as many hours of each device, as its price was seen once; None where none is known."""
     energy_kwh: float | None
     """At the board's power limit, the rest of the machine not counted; None where it is unknown."""
     utilization: float
@@ -43,12 +43,13 @@ def cost(
     steps = tokens / recipe.tokens_per_step
     hours = steps * step_time_s / 3600
     power_w, price = (row.power_w, row.price_usd_per_hour) if row else (None, None)
+    devices = recipe.parallel.devices
     return Cost(
         tokens=tokens,
         hours=hours,
         hours_range=None if step_time_range_s is None else _times(step_time_range_s, steps / 3600),
-        price_usd=None if price is None else hours * price,
-        energy_kwh=None if power_w is None else hours * power_w / 1000,
+        price_usd=None if price is None else devices * hours * price,
+        energy_kwh=None if power_w is None else devices * hours * power_w / 1000,
         utilization=utilization(spec, recipe, device, step_time_s=step_time_s, row=row),
     )
 

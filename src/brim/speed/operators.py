@@ -21,6 +21,7 @@ from brim.hardware import Device
 from brim.hardware.operator_rates import Attention, Format, OperatorRates, Pass, Product, product_shape
 from brim.models import ModelSpec
 from brim.recipe import Recipe
+from brim.speed.communication import talking
 from brim.speed.roofline import attention_flops, offloaded_s
 
 _aten = torch.ops.aten
@@ -68,7 +69,8 @@ def gpu_seconds(work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device)
     """
     seconds = attention_flops(spec, recipe) / device.flops["bf16" if recipe.precision.compute != "fp32" else "fp32"]
     seconds += sum(flops / device.flops[number_format] for (_, number_format), flops in work.products.items())
-    return seconds + sum(work.passes.values()) / device.bandwidth_bytes_per_s + offloaded_s(spec, recipe)
+    seconds += sum(work.passes.values()) / device.bandwidth_bytes_per_s + offloaded_s(spec, recipe)
+    return talking(spec, recipe, device, seconds)
 
 
 def continued_work(works: tuple[StepWork, StepWork, StepWork], *, times: int) -> StepWork | None:

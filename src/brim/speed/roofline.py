@@ -4,8 +4,9 @@ Counted by tensor shapes, so encoder-decoder models come out right: each row's t
 weights (3 N D with source and target counted together, not 6 N D). Products and elementwise work alternate and do
 not overlap on one stream, so their times are added.
 
-Ignored: launching operators (which rules models under about 50M parameters), loading data, communication, and that
-rates differ by shape. Ranks recipes well; as a forecast in seconds take it for a lower bound.
+Ignored: launching operators (which rules models under about 50M parameters), loading data, and that rates differ by
+shape. What devices of a sharded step tell each other is `communication`. Ranks recipes well; as a forecast in seconds
+take it for a lower bound.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from brim.memory.rough import closed_form_knows, trained_parameters
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
+from brim.speed.communication import talking
 
 _LINK_BYTES_PER_S = 25e9
 """PCIe 4.0 x16: 31.5 GB/s by its lanes (16 GT/s, 128b/130b), about four fifths of it for data."""
@@ -40,7 +42,8 @@ def step_time(spec: ModelSpec, recipe: Recipe, device: Device) -> float:
     """Seconds of one optimizer step."""
     work = step_work(spec, recipe)
     seconds = work.flops / device.flops[work.compute] + work.traffic_bytes / device.bandwidth_bytes_per_s
-    return seconds + (offloaded_s(spec, recipe) if device.kind == "cuda" else 0.0)
+    seconds += offloaded_s(spec, recipe) if device.kind == "cuda" else 0.0
+    return talking(spec, recipe, device, seconds)
 
 
 def offloaded_s(spec: ModelSpec, recipe: Recipe) -> float:
@@ -72,7 +75,9 @@ def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
     traffic = _forward_backward_traffic(t, checkpointed=recomputed)
     return Work(
         flops=float(recipe.grad_accumulation * flops),
-        traffic_bytes=float(recipe.grad_accumulation * traffic + _optimizer_traffic(spec, recipe, t)),
+        traffic_bytes=float(
+            recipe.grad_accumulation * traffic + _optimizer_traffic(spec, recipe, t) // recipe.parallel.state_shards
+        ),
         compute=recipe.precision.compute,
     )
 
@@ -100,10 +105,10 @@ def _rough_work(spec: ModelSpec, recipe: Recipe) -> Work:
     forwards = 2 + (recipe.memory.activation_checkpointing == "full")
     passes = state_cost(recipe.optimizer).step_passes
     weight_bytes = FP32 if recipe.plain_format == "fp32" else BF16
-    products = spec.num_parameters * forwards + trained
+    products, shards = spec.num_parameters * forwards + trained, recipe.parallel.state_shards
     return Work(
         flops=float(2 * recipe.tokens_per_step // recipe.parallel.data_ranks * products),
-        traffic_bytes=float(weight_bytes * (recipe.grad_accumulation * products + (3 + passes) * trained)),
+        traffic_bytes=float(weight_bytes * (recipe.grad_accumulation * products + (3 + passes) * trained / shards)),
         compute=recipe.precision.compute,
     )
 
