@@ -215,12 +215,14 @@ class Plan:
     """Best first: rehearsed finalists that fit, other recipes that fit by closed form, then those that do not."""
     derived: Mapping[str, str] = field(default_factory=dict)
     """Settings that the planner chose, each with why."""
+    quick: bool = False
+    """By closed form alone: nothing was to be rehearsed."""
 
     @property
     def best(self) -> Prediction | None:
         """The first recipe, if it fits: by rehearsal, or in a quick plan by closed form."""
         first = self.recipes[0] if self.recipes else None
-        return first if first and first.fits else None
+        return first if first and first.fits and (self.quick or first.method == "rehearsal") else None
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -74,6 +74,7 @@ def plan(
         goal=goal,
         recipes=trial.all_of(ranked, goal),
         derived=derived(spec, constraints),
+        quick=rehearse is None,
     )
 
 
