@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from brim.checkpoints.conversion import Encoded
+from brim.checkpoints.integer_rows import encode_rows
 from brim.checkpoints.layouts.pack_quantized import pack
 from brim.checkpoints.scratch import Scratch
-from brim.checkpoints.statistics import compare
-from brim.numerics.encode import decode, encode_integer
 from brim.numerics.formats import FORMATS
 from brim.numerics.granularity import Granularity
 
@@ -19,9 +18,6 @@ def encode_packed(
     block_RK: Tensor, scratch: Scratch, *, format: str, granularity: Granularity, scale_dtype: torch.dtype
 ) -> Encoded:
     """Words (R, K * bits / 32) and scales, one for each group of a row."""
-    encoded = encode_integer(block_RK, format=format, granularity=granularity, scale_dtype=scale_dtype)
-    decoded_RK = decode(encoded.codes, encoded.scale, granularity=granularity)
-    sums = compare(block_RK, decoded_RK, scratch, clipped=encoded.num_clipped, scale=encoded.scale)
-    if block_RK.dtype == torch.float64:
-        sums.overflowed = max(sums.overflowed, int(torch.isinf(block_RK.float()).sum()))
-    return Encoded((pack(encoded.codes, bits=FORMATS[format].element_bits), encoded.scale), sums)
+    encoded = encode_rows(block_RK, scratch, scale_dtype=scale_dtype, format=format, granularity=granularity)
+    codes_RK, scale_S = encoded.parts
+    return Encoded((pack(codes_RK, bits=FORMATS[format].element_bits), scale_S), encoded.statistics)

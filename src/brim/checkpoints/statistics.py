@@ -63,7 +63,8 @@ class Statistics:
 
 
 class RowSums(NamedTuple):
-    """Of some rows that have a scale each; not added up yet, since for few rows that takes as long as encoding them."""
+    """Of some rows that have a scale each (or several: then of each part that has one); not added up yet, since for few
+    rows that takes as long as encoding them."""
 
     elements: int
     subnormal: int
@@ -77,6 +78,7 @@ class RowSums(NamedTuple):
     """Roots of the sums of squares of source and error, in steps of the code: no square leaves FP32's range."""
     error_R: Tensor
     """The largest of |error|, likewise."""
+    scales_per_row: int = 1
 
 
 def add_up(blocks: Sequence[RowSums]) -> Statistics:
@@ -88,7 +90,7 @@ def add_up(blocks: Sequence[RowSums]) -> Statistics:
     return Statistics(
         elements=sum(block.elements for block in blocks),
         largest=float(top.max()),
-        zero_rows=int((top == 0).sum()),
+        zero_rows=sum(_count_zero_rows(block) for block in blocks),
         subnormal=sum(block.subnormal for block in blocks),
         signal=float((signal * scale).square().sum()),
         noise=float((noise * scale).square().sum()),
@@ -98,6 +100,10 @@ def add_up(blocks: Sequence[RowSums]) -> Statistics:
         scale_min=float(scale.min()),
         scale_max=float(scale.max()),
     )
+
+
+def _count_zero_rows(block: RowSums) -> int:
+    return int((block.top_R.view(-1, block.scales_per_row) == 0).all(dim=-1).sum())
 
 
 def look(source_RK: Tensor, scratch: Scratch) -> Statistics:

@@ -12,6 +12,7 @@ from brim.checkpoints.integer_rows import encode_rows
 from brim.checkpoints.scratch import Scratch
 from brim.checkpoints.statistics import RowSums, add_up
 from brim.numerics.encode import decode, encode_integer
+from brim.numerics.granularity import PerChannel, PerGroup
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -30,25 +31,31 @@ def random_weight(seed: int, rows: int, inputs: int, dtype: torch.dtype, *, any_
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 70), st.sampled_from(DTYPES), st.booleans(), st.booleans()
-)
-@example(0, 1, 1, torch.float32, True, True)
+    st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 70), st.sampled_from(DTYPES), st.booleans(), st.booleans(),
+    st.integers(0, 3), st.sampled_from(["int8", "int4"]),
+)  # fmt: skip
+@example(0, 1, 1, torch.float32, True, True, 0, "int8")
+@example(0, 3, 32, torch.float16, False, True, 2, "int4")
 def test_codes_and_scales_are_the_references(
-    seed: int, rows: int, inputs: int, dtype: torch.dtype, any_bits: bool, zero: bool
+    seed: int, rows: int, inputs: int, dtype: torch.dtype, any_bits: bool, zero: bool, groups: int, format: str
 ) -> None:
-    """Codes, scales and clipped elements are those of `numerics.encode`, bit by bit; sums are those of FP64."""
-    weight = random_weight(seed, rows, inputs, dtype, any_bits=any_bits)
+    """Codes, scales and clipped elements are those of `numerics.encode`, bit by bit, also by group; sums are those of
+    FP64."""
+    weight = random_weight(seed, rows, inputs * max(1, groups), dtype, any_bits=any_bits)
+    granularity = PerGroup(inputs) if groups else PerChannel()
     if zero:
         weight[-1] = 0
-    expected = encode_integer(weight, scale_dtype=dtype)
+    expected = encode_integer(weight, format=format, granularity=granularity, scale_dtype=dtype)
     scratch = Scratch()
     for _ in range(2):  # memory that was used before changes nothing
-        (codes, scale), sums = encode_rows(weight.clone(), scratch, scale_dtype=dtype)
+        (codes, scale), sums = encode_rows(
+            weight.clone(), scratch, scale_dtype=dtype, format=format, granularity=granularity
+        )
         assert torch.equal(codes, expected.codes)
-        assert torch.equal(scale.view(-1, 1), expected.scale)
+        assert torch.equal(scale.view(expected.scale.shape), expected.scale)
     assert isinstance(sums, RowSums)
     found = add_up([sums])
-    exact, back = weight.double(), decode(expected.codes, expected.scale).double()
+    exact, back = weight.double(), decode(expected.codes, expected.scale, granularity=granularity).double()
     assert (found.clipped, found.elements) == (expected.num_clipped, weight.numel())
     assert found.zeroed == int((exact != 0).sum()) - int((expected.codes != 0).sum())
     assert found.zero_rows == int((exact == 0).all(dim=1).sum())
