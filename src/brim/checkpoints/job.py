@@ -12,7 +12,7 @@ from brim.checkpoints.float_rows import WORK_BYTES as FLOAT_WORK_BYTES
 from brim.checkpoints.float_rows import encode_float_rows
 from brim.checkpoints.gguf_rows import plan_gguf
 from brim.checkpoints.integer_rows import encode_rows
-from brim.checkpoints.layouts import bitsandbytes, float_quantized, gguf, int_quantized, pack_quantized, plain
+from brim.checkpoints.layouts import bitsandbytes, float_quantized, gguf, int_quantized, pack_quantized, plain, torchao
 from brim.checkpoints.linears import find_linears
 from brim.checkpoints.packed_rows import WORK_BYTES, encode_packed
 from brim.checkpoints.searched_rows import WORK_BYTES as SEARCH_WORK_BYTES
@@ -63,14 +63,18 @@ def plan_job(
     family = checked_layout(to, layout)
     granularity = _checked_granularity(to, granularity)
     _check_scales(to, scales)
-    if family == "bitsandbytes" and (scales != "absmax" or isinstance(granularity, PerGroup)):
-        raise UsageError("bitsandbytes' INT8 has absmax scales by channel; leave --scales and --granularity away")
+    metadata: dict[str, str] = {}
+    if family in ("bitsandbytes", "torchao") and (scales != "absmax" or isinstance(granularity, PerGroup)):
+        raise UsageError(f"{family}'s INT8 has absmax scales by channel here; leave --scales and --granularity away")
     if family == "gguf":
         conversions, file = plan_gguf(source, spec, config, stored, to=to)
         return Job(conversions, (file,), {}, gguf.LAYOUT, settings=f"{to} {gguf.LAYOUT}")
     if family == "bitsandbytes":
         conversions, config = plan_bitsandbytes(spec, config, stored, to=to)
         name = bitsandbytes.LAYOUT
+    elif family == "torchao":
+        conversions, config, metadata = _to_torchao(spec, stored, config)
+        name = torchao.LAYOUT
     elif granularity is not None:
         conversions, config, name = _to_integers(spec, stored, config, to, granularity, scales)
     else:
@@ -78,7 +82,7 @@ def plan_job(
         config, name = plain.config(config, to=to), "plain"
     if all(conversion.outputs == (conversion.source.spec,) for conversion in conversions):
         raise UsageError(f"{source} has {_nothing(spec, to)}")
-    files = plan_shards(conversion.tensors for conversion in conversions)
+    files = plan_shards([conversion.tensors for conversion in conversions], metadata=metadata)
     texts = {CONFIG: as_json(config)}
     if index := index_of(files):
         texts[INDEX] = as_json(index)
@@ -183,6 +187,29 @@ def _to_int8(tensor: StoredTensor, *, to: str, granularity: Granularity, scales:
         row_bytes=(inputs, scale_dtype.itemsize),
         work_bytes=16 if scales == "absmax" else SEARCH_WORK_BYTES,
         integers=Integers(to, granularity, scale_dtype, unpacked),
+    )
+
+
+def _to_torchao(
+    spec: ModelSpec, stored: Sequence[StoredTensor], config: Mapping[str, Any]
+) -> tuple[tuple[Conversion, ...], dict[str, Any], dict[str, str]]:
+    """Conversions, config.json and the files' metadata."""
+    linears = find_linears(spec, tensors=[tensor.spec.name for tensor in stored if _is_float_matrix(tensor.spec)])
+    conversions = tuple(_to_int8_tensor(t) if t.spec.name in linears.weights else keep(t) for t in stored)
+    metadata = torchao.metadata([tensor.spec for tensor in stored], linears.weights)
+    return conversions, torchao.config(config, ignore=linears.left_alone), metadata
+
+
+def _to_int8_tensor(tensor: StoredTensor) -> Conversion:
+    codes, scale = torchao.outputs(tensor.spec)
+    scale_dtype = TORCH_DTYPES[scale.dtype]
+    return Conversion(
+        source=tensor,
+        outputs=(codes, scale),
+        encode=partial(encode_rows, scale_dtype=scale_dtype),
+        row_elements=tensor.spec.shape[1],
+        row_bytes=(tensor.spec.shape[1], scale_dtype.itemsize),
+        constants=(torchao.zero_points(tensor.spec),),
     )
 
 

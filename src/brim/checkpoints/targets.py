@@ -6,13 +6,13 @@ from typing import Literal
 from brim.errors import UsageError
 
 Target = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "nf4", "q8_0", "q4_0"]
-Family = Literal["plain", "compressed-tensors", "bitsandbytes", "gguf"]
+Family = Literal["plain", "compressed-tensors", "bitsandbytes", "torchao", "gguf"]
 """Whose layout it is; compressed-tensors has one for each format."""
 LAYOUTS: Mapping[Target, tuple[Family, ...]] = {
     "fp32": ("plain", "gguf"),
     "fp16": ("plain", "gguf"),
     "bf16": ("plain", "gguf"),
-    "int8": ("compressed-tensors", "bitsandbytes"),
+    "int8": ("compressed-tensors", "bitsandbytes", "torchao"),
     "int4": ("compressed-tensors",),
     "fp8": ("compressed-tensors",),
     "nf4": ("bitsandbytes",),

@@ -41,10 +41,15 @@ class OutputFile(NamedTuple):
         return -(-end // self.alignment) * self.alignment
 
 
-def safetensors_file(name: str, tensors: Iterable[TensorSpec]) -> OutputFile:
+_NO_METADATA: Mapping[str, str] = {}
+
+
+def safetensors_file(
+    name: str, tensors: Iterable[TensorSpec], *, metadata: Mapping[str, str] = _NO_METADATA
+) -> OutputFile:
     """A safetensors file of these tensors."""
     ordered = in_file_order(tensors)
-    header = header_bytes(ordered)
+    header = header_bytes(ordered, metadata=metadata)
     ends = accumulate((spec.nbytes for spec in ordered), initial=len(header))
     return OutputFile(name, ordered, header, {spec.name: begin for spec, begin in zip(ordered, ends, strict=False)})
 
@@ -79,9 +84,9 @@ def in_file_order(tensors: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
     return tuple(sorted(tensors, key=lambda tensor: (-_element_bits(tensor), tensor.name)))
 
 
-def header_bytes(tensors: Sequence[TensorSpec]) -> bytes:
+def header_bytes(tensors: Sequence[TensorSpec], *, metadata: Mapping[str, str] = _NO_METADATA) -> bytes:
     """The front of a file with these tensors in this order: length, JSON, spaces up to a multiple of 8."""
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for tensor in tensors:
         code = SAFETENSORS_CODES[tensor.dtype]
@@ -95,17 +100,25 @@ def header_bytes(tensors: Sequence[TensorSpec]) -> bytes:
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def plan_shards(groups: Iterable[Sequence[TensorSpec]], *, limit_bytes: int = SHARD_BYTES) -> tuple[OutputFile, ...]:
-    """Groups of tensors (a weight and its scales) in order, no group torn apart, each file filled up to the limit."""
+def plan_shards(
+    groups: Iterable[Sequence[TensorSpec]],
+    *,
+    limit_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] = _NO_METADATA,
+) -> tuple[OutputFile, ...]:
+    """Groups of tensors (a weight and its scales) in order, no group torn apart, each file filled up to the limit.
+
+    Each file has the `metadata`.
+    """
     files: list[list[TensorSpec]] = [[]]
     for group in groups:
         if files[-1] and _nbytes(files[-1]) + _nbytes(group) > limit_bytes:
             files.append([])
         files[-1].extend(group)
     if len(files) == 1:
-        return (safetensors_file(SINGLE, files[0]),)
+        return (safetensors_file(SINGLE, files[0], metadata=metadata),)
     names = (f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1))
-    return tuple(safetensors_file(name, tensors) for name, tensors in zip(names, files, strict=True))
+    return tuple(safetensors_file(name, tensors, metadata=metadata) for name, tensors in zip(names, files, strict=True))
 
 
 def index_of(files: Sequence[OutputFile]) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ _Layout = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Whose form: plain, compressed-tensors, bitsandbytes or gguf; default: the first that holds FORMAT.",
+        help="Whose form: plain, compressed-tensors, bitsandbytes, torchao, gguf; default: as suits FORMAT.",
         show_default=False,
     ),
 ]
