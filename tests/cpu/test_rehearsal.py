@@ -104,6 +104,8 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "8 bits, bf16": ("optimizer.name=adamw8bit",),
     "8 bits, master, lora": ("optimizer.name=adamw8bit", "precision.master=fp32", "method=lora"),
     "8 bits, in backward": ("optimizer.name=adamw8bit", *IN_BACKWARD),
+    "by chance": ("optimizer.rounding=stochastic",),
+    "8 bits, by chance, in backward": ("optimizer.name=adamw8bit", "optimizer.rounding=stochastic", *IN_BACKWARD),
     "fp16": (*FP16, "precision.master=fp32"),
     "fp16, no clipping": (*FP16, "precision.master=fp32", "optimizer.max_grad_norm=0.0"),
     "fp16, autocast": ("precision.weights=fp32", "precision.compute=fp16"),

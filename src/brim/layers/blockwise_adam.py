@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from brim.layers.nearest_code import SIGNED, UNSIGNED, nearest_codes, table_of
+from brim.layers.stochastic_rounding import noise_like, round_by_chance
 
 BLOCK = 256
 SMALLEST = 4096
@@ -33,12 +34,12 @@ class Maps:
     unsigned: Tensor
     """Of the second."""
     tables: tuple[Tensor, ...]
-    """Of `nearest_codes`: of the first and of the second; none where a kernel finds the codes."""
+    """Of `nearest_codes`: of the first and of the second."""
 
     @classmethod
     def on(cls, device: torch.device) -> "Maps":
         """Made from numbers: fake in a rehearsal and real in a run."""
-        tables = () if has_kernel(device) else (table_of(SIGNED), table_of(UNSIGNED))
+        tables = (table_of(SIGNED), table_of(UNSIGNED))
         return cls(
             signed=torch.tensor(SIGNED, device=device),
             unsigned=torch.tensor(UNSIGNED, device=device),
@@ -67,23 +68,42 @@ def has_kernel(device: torch.device) -> bool:
 
 
 def adam_update(
-    parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], maps: Maps, *, step: int, rate: float, decay: float
+    parameter: Tensor,
+    gradient: Tensor,
+    state: dict[str, Tensor],
+    maps: Maps,
+    *,
+    step: int,
+    rate: float,
+    decay: float,
+    by_chance: bool = False,
 ) -> None:
-    """Step number `step` (from 1) of decoupled AdamW, in place; `state` is that of `new_state`."""
+    """Step number `step` (from 1) of decoupled AdamW, in place; `state` is that of `new_state`.
+
+    `by_chance`: BF16 weights are rounded stochastically, which the kernel cannot.
+    """
     flat_N, gradient_N = parameter.detach().view(-1), gradient.contiguous().view(-1)
     tensors = {name: tensor.view(-1) for name, tensor in state.items()}
-    if has_kernel(parameter.device):
+    if has_kernel(parameter.device) and not by_chance:
         _by_kernel(flat_N, gradient_N, tensors, maps, step=step, rate=rate, decay=decay)
         return
     size = max(_LEAST_AT_ONCE, ceil(flat_N.numel() / _MOST_PARTS / BLOCK) * BLOCK)
     for start in range(0, flat_N.numel(), size):
         part, blocks = slice(start, start + size), slice(start // BLOCK, ceil((start + size) / BLOCK))
         own = {name: tensor[blocks if name.startswith("absmax") else part] for name, tensor in tensors.items()}
-        _by_operators(flat_N[part], gradient_N[part], own, maps, step=step, rate=rate, decay=decay)
+        _by_operators(flat_N[part], gradient_N[part], own, maps, step=step, rate=rate, decay=decay, by_chance=by_chance)
 
 
 def _by_operators(
-    flat_N: Tensor, gradient_N: Tensor, state: dict[str, Tensor], maps: Maps, *, step: int, rate: float, decay: float
+    flat_N: Tensor,
+    gradient_N: Tensor,
+    state: dict[str, Tensor],
+    maps: Maps,
+    *,
+    step: int,
+    rate: float,
+    decay: float,
+    by_chance: bool,
 ) -> None:
     """What bitsandbytes' kernels do, operator by operator."""
     first_N, second_N = _decoded(state, 1, maps.signed), _decoded(state, 2, maps.unsigned)
@@ -98,7 +118,7 @@ def _by_operators(
     weight_N.addcdiv_(first_N, denominator_N, value=-rate / (1 - _BETAS[0] ** step))
     del denominator_N
     if weight_N.dtype != flat_N.dtype:
-        flat_N.copy_(weight_N)
+        flat_N.copy_(round_by_chance(weight_N, noise_like(weight_N)) if by_chance else weight_N)
     del weight_N
     _encode(first_N, state, 1, maps)
     del first_N

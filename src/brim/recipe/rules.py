@@ -68,6 +68,7 @@ def check_runs(recipe: "Recipe") -> None:
     _check_fp16(recipe)
     _check_packed(recipe)
     _check_dora(recipe)
+    _check_rounding(recipe)
     _check_parallel(recipe)
     library = recipe.library
     if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
@@ -121,6 +122,21 @@ def _check_packed(recipe: "Recipe") -> None:
         raise RecipeError(
             f'precision.weights = "{weights}" is a format of frozen weights (codes take no gradient), and method = '
             f'"{recipe.method}" is for weights that matmuls run in; nearest: method = "qlora"'
+        )
+
+
+def _check_rounding(recipe: "Recipe") -> None:
+    if recipe.optimizer.rounding == "nearest":
+        return
+    if recipe.optimizer.name not in ("adamw", "adamw8bit"):
+        raise RecipeError(
+            f'optimizer.rounding = "stochastic" is written for AdamW, and optimizer.name = "{recipe.optimizer.name}"; '
+            'nearest: optimizer.name = "adamw"'
+        )
+    if recipe.parallel.sharding != "none":
+        raise RecipeError(
+            'optimizer.rounding = "stochastic" steps whole weights, and each device would round its copy or part by '
+            'other chances; nearest: optimizer.rounding = "nearest"'
         )
 
 
@@ -209,6 +225,10 @@ def without_effect(recipe: "Recipe") -> list[str]:
     found = []
     if recipe.plain_format == "fp32" and recipe.precision.master == "fp32":
         found.append('precision.master = "fp32" has no effect: the weights are FP32 already')
+    if recipe.optimizer.rounding == "stochastic" and (
+        recipe.plain_format != "bf16" or recipe.precision.master == "fp32"
+    ):
+        found.append('optimizer.rounding = "stochastic" has no effect: no BF16 weight is updated')
     if not recipe.precision.double_quant and recipe.precision.weights != "nf4":
         found.append(f'precision.double_quant has no effect: precision.weights is "{recipe.precision.weights}"')
     if recipe.precision.group_size != 128 and recipe.precision.weights != "int4":

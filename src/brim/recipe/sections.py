@@ -37,6 +37,8 @@ class Optimizer:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How BF16 weights without an FP32 copy take an update: one below half their step is lost, or taken by chance."""
     in_backward: bool = False
     """Each weight is stepped as soon as backward has its gradient, which is then freed: all never exist at once. Needs
     grad_accumulation = 1 and max_grad_norm = 0, which want them all."""

@@ -16,9 +16,12 @@ from brim.layers.blockwise_adam import Maps, adam_update, new_state
 class AdamW8bit(torch.optim.Optimizer):
     """States: `state1`, `state2` (codes; FP32 for small parameters), `absmax1`, `absmax2`, and `step`."""
 
-    def __init__(self, parameters: Iterable[Any], *, lr: float, weight_decay: float, maps: Maps) -> None:
+    def __init__(
+        self, parameters: Iterable[Any], *, lr: float, weight_decay: float, maps: Maps, by_chance: bool = False
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self._maps = maps
+        self._by_chance = by_chance
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -36,4 +39,7 @@ class AdamW8bit(torch.optim.Optimizer):
             state |= {"step": torch.zeros((), device="cpu"), **new_state(parameter)}
         state["step"] += 1
         moments = {name: tensor for name, tensor in state.items() if name != "step"}
-        adam_update(parameter, gradient, moments, self._maps, step=int(state["step"].item()), rate=rate, decay=decay)
+        adam_update(
+            parameter, gradient, moments, self._maps,
+            step=int(state["step"].item()), rate=rate, decay=decay, by_chance=self._by_chance,
+        )  # fmt: skip

@@ -25,6 +25,7 @@ from brim.recipe import Optimizer
 from brim.training.adamw8bit import AdamW8bit
 from brim.training.lion import Lion
 from brim.training.parts import part_of, placed_like
+from brim.training.rounded_adamw import RoundedAdamW
 
 _MOMENTUM = 0.9
 _READ_AS_NUMBERS = {"adamw8bit": ("step",)}
@@ -190,6 +191,8 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     rate, decay = settings.learning_rate, settings.weight_decay
     match settings.name:
+        case "adamw" if settings.rounding == "stochastic":
+            return RoundedAdamW(parameters, lr=rate, weight_decay=decay)
         case "adamw":
             return torch.optim.AdamW(
                 parameters, lr=rate, weight_decay=decay, fused=fused or None, foreach=not fused or None
@@ -203,7 +206,8 @@ def _optimizer(
             return Lion(parameters, lr=rate, weight_decay=decay)
         case "adamw8bit":
             assert maps is not None
-            return AdamW8bit(parameters, lr=rate, weight_decay=decay, maps=maps)
+            by_chance = settings.rounding == "stochastic"
+            return AdamW8bit(parameters, lr=rate, weight_decay=decay, maps=maps, by_chance=by_chance)
 
 
 def _states_of(parameter: Tensor, settings: Optimizer) -> dict[str, Tensor]:

@@ -75,9 +75,23 @@ def assert_same(one: Path, other: Path) -> None:
         ("gpt2", {"optimizer": Optimizer(in_backward=True, max_grad_norm=0.0)}),
         ("llama", {"precision": Precision(weights="fp32", compute="fp16")}),
         ("gpt2", {"optimizer": Optimizer(name="adamw8bit")}),
+        ("llama", {"precision": Precision(), "optimizer": Optimizer(rounding="stochastic")}),
         ("llama", {"memory": Memory(offload="optimizer")}),
     ],
-    ids=["dropout", "lora", "masters", "t5", "sgd", "lion", "adafactor", "in backward", "fp16", "8 bits", "offloaded"],
+    ids=[
+        "dropout",
+        "lora",
+        "masters",
+        "t5",
+        "sgd",
+        "lion",
+        "adafactor",
+        "in backward",
+        "fp16",
+        "8 bits",
+        "by chance",
+        "offloaded",
+    ],
 )
 def test_resume_gives_the_same_bits(family: str, settings: dict[str, Any], make_run: MakeRun, tmp_path: Path) -> None:
     """Stopped twice and resumed, a run ends with the weights, metrics and peak of one that was left in peace."""
