@@ -40,7 +40,7 @@ def test_small_updates_add_up(name: Literal["adamw", "adamw8bit"], in_backward: 
         torch.manual_seed(0)
         weight = nn.Parameter(torch.full((64, 128), 0.1, dtype=torch.bfloat16))
         start = float(weight.detach().float().mean())
-        settings = Optimizer(name=name, rounding=rounding, in_backward=in_backward)  # type: ignore[arg-type]
+        settings = Optimizer(name=name, rounding=rounding, in_backward=in_backward)
         stepper = Stepper([weight], settings, fp32_master=False)
         stepper.set_learning_rate(1e-5)
         for _ in range(100):
