@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Twice quiet: warnings about an index that lacks one package and has the next are noise; errors still show.
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check kills bench exactness accuracy pins clean
+.PHONY: demo test check kills bench qat exactness accuracy pins clean
 
 demo: $(READY)
 	$(VENV)/bin/brim demo
@@ -25,6 +25,10 @@ kills: $(READY)
 
 bench: $(READY)
 	@for script in benchmarks/*_speed.py; do $(PY) $$script || exit 1; done
+
+# What learned scales win back, against rounding afterwards; an hour or two, kept cell by cell; writes docs/qat.md.
+qat: $(READY)
+	$(PY) -W ignore benchmarks/qat_quality.py --docs
 
 # Every family x lever, rehearsed and run for real; writes docs/exactness.md. About a quarter of an hour.
 exactness: $(READY)
