@@ -365,7 +365,7 @@ def test_rows_that_devices_cannot_share_are_refused_with_both() -> None:
 def test_what_does_not_fit_one_device_fits_several() -> None:
     """Full training of 8B with FP32 masters is too much for one 80 GB card, and is divided among eight."""
     method = Constraints(method="full", settings=("precision.master=fp32", "memory.offload=none"))
-    with pytest.raises(NothingFitsError):
+    with pytest.raises(NothingFitsError, match=r"--gpus \d \(about"):
         plan(LARGE, GPU, budget_bytes=GPU.memory_bytes, rehearse=None, constraints=method)
     eight = replace(method, devices_per_node=8)
     result = plan(LARGE, GPU, budget_bytes=GPU.memory_bytes, rehearse=None, constraints=eight)

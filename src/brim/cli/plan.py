@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from brim.cli import console, options
+from brim.cli import console, limits, options
 from brim.cli.answered import rehearsed
 from brim.hardware import Device
 from brim.memory.bands import DEFAULT_RISK
@@ -20,6 +20,12 @@ from brim.report import Plan, Prediction
 from brim.units import format_bytes, format_count, parse_bytes
 
 _LOSERS_SHOWN = 4
+
+Save = Annotated[Path | None, typer.Option(help="Write the best recipe to this TOML file.", show_default=False)]
+Quick = Annotated[bool, typer.Option("--quick", help="Closed form alone, no torch: in a moment, less sure.")]
+Reach = Annotated[
+    bool, typer.Option("--limits", help="Also the longest row, the largest batch and the smallest hardware.")
+]
 
 
 def command(
@@ -45,14 +51,11 @@ def command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Pin any recipe key; may be repeated.", show_default=False),
     ] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="Write the best recipe to this TOML file.", show_default=False)
-    ] = None,
+    save: Save = None,
     gpus: options.Gpus = 1,
     nodes: options.Nodes = 1,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Closed form alone, no torch: in a moment, less sure.")
-    ] = False,
+    quick: Quick = False,
+    reach: Reach = False,
     anew: options.Anew = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -72,13 +75,18 @@ def command(
     except NothingFitsError as error:
         if json:
             console.print_json(error.plan.to_dict())
+        elif reach:
+            limits.show(limits.of(describe(model), found, constraints, _budget(found, cap, constraints)), found)
         raise
     if save is not None:
         write_whole(save, _recipe(result.recipes[0]).to_toml())
+    reached = limits.of(describe(model), found, constraints, result.budget_bytes) if reach else None
     if json:
-        console.print_json(result.to_dict())
-    else:
-        _print(result, model, save)
+        console.print_json(result.to_dict() | ({} if reached is None else {"limits": reached.to_dict()}))
+        return
+    _print(result, model, save)
+    if reached is not None:
+        limits.show(reached, found)
 
 
 def _budget(device: Device, cap: int | None, constraints: Constraints) -> int:

@@ -25,6 +25,8 @@ NUM_FINALISTS = 3
 MAX_REHEARSALS = 12
 
 _SHORTEST_SEQ_LEN = 16
+_MOST_GPUS = 8
+"""In one machine."""
 
 
 class NothingFitsError(DoesNotFitError):
@@ -199,6 +201,7 @@ def ways_out(spec: ModelSpec, device: Device, constraints: Constraints, lightest
         if any(p.fits for p in others):
             ways.append(f"--method {method} (from about {format_bytes(needed)} on)")
             break
+    ways += _more_devices(spec, device, constraints, budget)
     length = int(lightest.recipe["seq_len"]) // 2
     while "seq_len" not in constraints.pinned and length >= _SHORTEST_SEQ_LEN:
         if any(p.fits for p in _estimates(spec, device, replace(constraints, seq_len=length), budget)):
@@ -208,6 +211,19 @@ def ways_out(spec: ModelSpec, device: Device, constraints: Constraints, lightest
     if len(ways) == 1:
         ways.append("a smaller model")
     return ways
+
+
+def _more_devices(spec: ModelSpec, device: Device, constraints: Constraints, budget_bytes: int) -> list[str]:
+    """The fewest GPUs, twice as many at a time, among which the job can be divided."""
+    count, rows = constraints.devices_per_node, constraints.global_batch_size
+    if device.kind == "cpu" or any(key.startswith("parallel.") for key in constraints.pinned):
+        return []
+    while (count := 2 * count) <= _MOST_GPUS and (rows is None or rows % (count * constraints.nodes) == 0):
+        others = _estimates(spec, device, replace(constraints, devices_per_node=count), budget_bytes)
+        if any(p.fits for p in others):
+            needed = min(p.peak.highest_bytes for p in others)
+            return [f"--gpus {count} (about {format_bytes(needed)} on each)"]
+    return []
 
 
 def summary(prediction: Prediction) -> str:

@@ -1,0 +1,41 @@
+"""How far hardware reaches and how little a job takes, under a plan: asked of the planner, and printed."""
+
+from brim.cli import console
+from brim.hardware import Device, find
+from brim.hardware.catalogue import MODELLED_VENDORS, accelerators
+from brim.models import ModelSpec
+from brim.planning.candidates import Constraints
+from brim.planning.limits import Limits, limits
+from brim.planning.search import summary
+from brim.report import Prediction
+from brim.units import format_bytes
+
+
+def of(spec: ModelSpec, device: Device, constraints: Constraints, budget_bytes: int) -> Limits:
+    """The smallest of all devices that the catalogue knows, and that compute in BF16."""
+    rows = (row for row in accelerators().values() if row.vendor in MODELLED_VENDORS and "bf16" in row.peak_flops)
+    devices = [find(row.name) for row in rows]
+    return limits(spec, device, constraints, budget_bytes=budget_bytes, devices=devices)
+
+
+def show(found: Limits, device: Device) -> None:
+    """A line each; all by closed form."""
+    rows = {"longest row": found.longest_row, "largest batch": found.largest_batch}
+    for what, prediction in rows.items():
+        _say(f"{what} on {device.name}: {_what(prediction)}")
+    for count, prediction in found.smallest.items():
+        _say(f"smallest {count} x: {prediction.device_name}, {_what(prediction)}")
+    if not found.smallest:
+        _say("no machine of up to 8 devices that the catalogue knows holds this job")
+
+
+def _what(prediction: Prediction | None) -> str:
+    if prediction is None:
+        return "nothing fits, or it is decided by --set"
+    sharding = prediction.recipe["parallel"]["sharding"]
+    divided = "" if sharding == "none" else f", {sharding}"
+    return f"~{format_bytes(prediction.peak.highest_bytes)} ({summary(prediction)}{divided})"
+
+
+def _say(line: str) -> None:
+    console.out.print(line, markup=False, soft_wrap=True)
