@@ -1,5 +1,6 @@
 """Training data: each layout is read, each kind of bad file is refused with its place."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,36 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "read_bytes", closed)
     with pytest.raises(DataError, match="cannot be read: Permission denied"):
         read_rows(tmp_path / "mine.txt")
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=20)
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS.filter(str.strip)), min_size=1))
+def test_csv_gives_the_rows_of_jsonl(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]) -> None:
+    """What csv's writer made of texts (commas, quotes and line ends among them) is read as the same texts in JSONL."""
+    place = tmp_path_factory.mktemp("rows")
+    with (place / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("prompt", "completion"), *pairs])
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
+    (place / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read_rows(place / "rows.csv") == read_rows(place / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,completion\na,b\nc,d,e\n", r"line 3: 3 values under 2 names"),
+        ("prompt,completion\na,b\nc\n", r"line 3: 1 values under 2 names"),
+        ('prompt,completion\na,"b\n', r"line 2: not CSV"),
+        ("prompt,completion\na,b\n\nc,\n", r"line 4: 'completion' is empty"),
+        ("promt,completion\na,b\n", r"line 2: columns promt, completion are no known layout.*prompt"),
+        ("prompt,completion\n", r"is empty"),
+    ],
+)
+def test_csv_that_is_wrong(tmp_path: Path, text: str, said: str) -> None:
+    """Each way to be wrong names the file's line."""
+    path = tmp_path / "rows.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=said):
+        read_rows(path)

@@ -1,5 +1,7 @@
-"""Reads training data: JSONL, JSON or plain text into rows of source and target text."""
+"""Reads training data: JSONL, JSON, CSV or plain text into rows of source and target text."""
 
+import csv
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -39,7 +41,8 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, by its suffix: `.jsonl`, `.json` (a list), else plain text as one row.
+    """The rows of a file, by its suffix: `.jsonl`, `.json` (a list), `.csv` (with a line of names), else plain text as
+    one row.
 
     Raises DataError naming the file, and the line where there is one.
     """
@@ -52,7 +55,7 @@ def read_rows(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-    if path.suffix.lower() not in (".jsonl", ".json"):
+    if path.suffix.lower() not in (".jsonl", ".json", ".csv"):
         rows = [Row("", text)] if text.strip() else []
     else:
         rows = [_row(value, where=where) for where, value in _values(path, text)]
@@ -68,10 +71,30 @@ def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{path}: not a list of rows; write [{{...}}, {{...}}] or use .jsonl, one object a line")
         yield from ((f"{path}, row {index}", value) for index, value in enumerate(values, 1))
         return
+    if path.suffix.lower() == ".csv":
+        yield from _table(path, text)
+        return
     # Not splitlines: it also cuts at separators that a JSON string may hold, such as U+2028.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{path}, line {number}", _parse(line, path, number, hint="; each line must be one object")
+
+
+def _table(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file; a quoted value may hold commas and line ends, and a row is named by its last line."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for values in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in values or None in values.values():
+                found = len(values) - 1 + len(values[None]) if None in values else sum(map(bool, values.values()))
+                raise DataError(
+                    f"{where}: {found} values under {len(reader.fieldnames or ())} names; quote a value that holds a "
+                    "comma or a line end"
+                )
+            yield where, values
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
 
 
 def _parse(text: str, path: Path, first_line: int = 1, *, hint: str = "") -> Any:
