@@ -1,6 +1,6 @@
 """Fake tensors that take the path that real ones take.
 
-A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in eight
+A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in nine
 ways, each mended here; tests hold fake and real peaks equal for every lever and family.
 
 1. Models branch on a few small integer tensors (is anything padded? are sequences packed?): integers that are
@@ -18,6 +18,8 @@ ways, each mended here; tests hold fake and real peaks equal for every lever and
 8. Packed experts are gone through one by one, each with the tokens that are sent to it: here each gets an even share.
    Another routing changes neither what is kept for backward nor its sum, only the temporaries of the one expert at
    work; a test holds what all tokens at the same experts add to that expert's surplus of tokens.
+9. DDP puts its buckets in the order of backward after the first step, and reads that order from a tensor: left as they
+   are, they have the same bytes.
 """
 
 import sys
@@ -31,6 +33,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Reducer
 from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor._op_schema import OpSchema
@@ -69,6 +72,7 @@ class FakeWorld:
         self._stack.enter_context(mock.patch("torch.get_rng_state", self._rng_state))
         self._stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copy_of_fake, create=True))
         self._stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", _metered_resize(self.meter)))
+        self._stack.enter_context(mock.patch.object(Reducer, "_rebuild_buckets", lambda reducer: False))
         self._stack.enter_context(
             mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", _shape_of_the_whole)
         )

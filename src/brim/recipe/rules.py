@@ -41,7 +41,6 @@ def check_ranges(recipe: "Recipe") -> None:
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
     ("memory.offload", frozenset({"none", "optimizer"}), "optimizer", "weights and activations stay on the device"),
-    ("parallel.sharding", frozenset({"none", "zero2", "zero3", "hsdp"}), "zero3", "it is not built"),
     ("parallel.tensor", frozenset({1}), "1", "matrices are not divided"),
     ("parallel.pipeline", frozenset({1}), "1", "stages are not built"),
 )
@@ -192,7 +191,7 @@ def _check_parallel(recipe: "Recipe") -> None:
             "optimizer.in_backward = true steps each weight before its gradient has come from the other devices; "
             "nearest: optimizer.in_backward = false"
         )
-    if parallel.sharding != "none":
+    if parallel.sharding in ("zero2", "zero3", "hsdp"):
         _check_divided(recipe)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from brim.errors import RecipeError
@@ -17,6 +18,7 @@ from brim.models.skeleton import DTYPES, attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
 from brim.training.checkpointing import checkpoint_blocks
+from brim.training.copies import Shares
 from brim.training.fake_quantized import quantize_fake, scales_of
 from brim.training.fused_norm import fuse_norms
 from brim.training.head import LossModule, OutputHead
@@ -51,6 +53,13 @@ class Workload:
     def kernels(self) -> AbstractContextManager[object]:
         """What forward and backward may run in: FlashAttention alone, when the recipe asks for it."""
         return _flash_alone() if self.recipe.memory.attention == "flash" else nullcontext()
+
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """DDP sums gradients over the ranks in the last micro-batch alone: summed twice, earlier ones would count
+        more."""
+        if isinstance(self.loss, DistributedDataParallel) and not is_last:
+            return self.loss.no_sync()
+        return nullcontext()
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -100,9 +109,11 @@ def build(
     loss = shard(LossModule(model, head), recipe, ranks)
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = Stepper(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        trained,
         recipe.optimizer,
+        shares=Shares(trained, ranks) if recipe.parallel.sharding == "zero1" else None,
         fp32_master=recipe.precision.master == "fp32" and recipe.plain_format != "fp32",
         fused=recipe.library.adamw == "fused",
         undecayed=scales_of(model),

@@ -89,10 +89,15 @@ def save_checkpoint(directory: Path, workload: Workload, progress: Progress, *, 
 
 def _write(workload: Workload, directory: Path) -> None:
     ranks = workload.ranks
-    has_copy = ranks.original != ranks.rank
-    if not has_copy:
+    if ranks.original == ranks.rank:
         save_file(_trainable(workload), directory / _file("trainable", ranks, ranks.rank))
-    save_file(_optimizer_state(workload, has_copy=has_copy), directory / _file("optimizer", ranks, ranks.rank))
+    is_copy = _optimizer_rank(workload) != ranks.rank
+    save_file(_optimizer_state(workload, is_copy=is_copy), directory / _file("optimizer", ranks, ranks.rank))
+
+
+def _optimizer_rank(workload: Workload) -> int:
+    """Which rank's file holds the states that are in this one."""
+    return workload.ranks.rank if workload.recipe.parallel.sharding == "zero1" else workload.ranks.original
 
 
 def _file(what: str, ranks: Ranks, rank: int) -> str:
@@ -162,7 +167,7 @@ class _Stored(Mapping[str, Tensor]):
 def _restore(workload: Workload, checkpoint: Path) -> None:
     ranks = workload.ranks
     trainable = _Stored(checkpoint / _file("trainable", ranks, ranks.original))
-    optimizer = _Stored(checkpoint / _file("optimizer", ranks, ranks.original))
+    optimizer = _Stored(checkpoint / _file("optimizer", ranks, _optimizer_rank(workload)))
     own = _Stored(checkpoint / _file("optimizer", ranks, ranks.rank))
     with torch.no_grad():
         for name, parameter in workload.trainable.items():
@@ -181,8 +186,8 @@ def _trainable(workload: Workload) -> dict[str, Tensor]:
     return {name: part_of(parameter.detach()) for name, parameter in workload.trainable.items()}
 
 
-def _optimizer_state(workload: Workload, *, has_copy: bool) -> dict[str, Tensor]:
-    states = {} if has_copy else workload.optimizer.state_dict()
+def _optimizer_state(workload: Workload, *, is_copy: bool) -> dict[str, Tensor]:
+    states = {} if is_copy else workload.optimizer.state_dict()
     state = {**states, _RANDOM: torch.get_rng_state()}
     if workload.loss_scale is not None:
         state[_LOSS_SCALE] = workload.loss_scale.state()

@@ -4,7 +4,7 @@ The head is also where the ledger changes lines: what it allocates is `loss`, an
 the gradient has passed through it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,14 @@ class OutputHead:
             )
         self._finish = finish_of(base)
         self._linear.register_forward_pre_hook(_watch)
+
+    @property
+    def apart(self) -> list[nn.Parameter]:
+        """Trained parameters whose gradient is not brought by backward: those of an untied head in chunked mode."""
+        if not self.chunked:
+            return []
+        inside = {id(parameter) for module, parameter in _all_parameters(self._base) if module is not self._linear}
+        return [p for p in self._linear.parameters() if p.requires_grad and id(p) not in inside]
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, *, scale: float) -> Tensor:
         """`scale` times the sum of the cross-entropy over labels that are not -100, in FP32.
@@ -117,7 +125,7 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, head: OutputHead) -> None:
         super().__init__()
         self.model = model
-        self._head = head
+        self.head = head
 
     def forward(
         self,
@@ -131,7 +139,7 @@ class LossModule(nn.Module):
         if look is not None:
             return look(self.model, inputs)
         assert labels is not None
-        return self._head.loss(self.model, inputs, labels, scale=scale)
+        return self.head.loss(self.model, inputs, labels, scale=scale)
 
 
 def finish_of(base: PreTrainedModel) -> Finish:
@@ -164,6 +172,13 @@ def _watch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 def _leave_loss(_: Tensor) -> None:
     owners.switch("activations")
+
+
+def _all_parameters(base: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """(module, its own parameter), tied ones with each of their modules."""
+    for module in base.modules():
+        for parameter in module.parameters(recurse=False):
+            yield module, parameter
 
 
 class _HeadReachedError(Exception):

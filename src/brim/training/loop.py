@@ -109,10 +109,11 @@ def _run(job: Run, *, on_step: OnStep, should_stop: ShouldStop) -> RunReport:
             torch.manual_seed(job.recipe.training.seed)
             workload = build(job.recipe, job.spec, weights=job.weights, device=job.device, ranks=job.ranks)
             _tell_classes(job, workload)
-            if workload.head.chunked:
-                workload.loss(_few_tokens(job, workload), look=workload.head.check_finish)
-            if job.recipe.training.packing:
-                workload.loss(_few_tokens(job, workload), look=check_apart)
+            with torch.no_grad():
+                if workload.head.chunked:
+                    workload.loss(_few_tokens(job, workload), look=workload.head.check_finish)
+                if job.recipe.training.packing:
+                    workload.loss(_few_tokens(job, workload), look=check_apart)
             if job.ranks.data_count > 1:
                 # From one seed all ranks would drop the same; those that see the same rows still must.
                 torch.manual_seed(job.recipe.training.seed + job.ranks.data_rank)

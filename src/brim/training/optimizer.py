@@ -23,6 +23,7 @@ from brim.layers.blockwise_adam import Maps, new_state
 from brim.memory import owners
 from brim.recipe import Optimizer
 from brim.training.adamw8bit import AdamW8bit
+from brim.training.copies import Shares
 from brim.training.lion import Lion
 from brim.training.parts import part_of, placed_like
 from brim.training.rounded_adamw import RoundedAdamW
@@ -47,7 +48,11 @@ class Stepper:
         fused: bool = True,
         undecayed: Iterable[nn.Parameter] = (),
         on_host: bool = False,
+        shares: Shares | None = None,
     ) -> None:
+        if shares is not None:
+            parameters = shares.own
+        self._shares = shares
         self._parameters = parameters
         self._on_host = on_host
         self._place = owners.on_host if on_host else nullcontext
@@ -56,12 +61,13 @@ class Stepper:
                 self._masters = [nn.Parameter(_host_copy(p, in_fp32=fp32_master)) for p in parameters]
             else:
                 self._masters = [nn.Parameter(p.detach().float()) for p in parameters] if fp32_master else []
-        one_by_one = bool(self._masters) or settings.in_backward
+        # of few parameters and many ranks, some have none: no optimizer of torch's takes an empty list
+        one_by_one = bool(self._masters) or settings.in_backward or not parameters
         groups = [[parameter] for parameter in self._masters or parameters] if one_by_one else [parameters]
         self._settings = settings
         with self._place():
-            place = (self._masters or parameters)[0].device
-            self._maps = Maps.on(place) if settings.name == "adamw8bit" else None
+            stepped = self._masters or parameters
+            self._maps = Maps.on(stepped[0].device) if settings.name == "adamw8bit" and stepped else None
         kept = {id(parameter) for parameter in undecayed}
         spared = [own for own, p in zip(self._masters or parameters, parameters, strict=True) if id(p) in kept]
         self._optimizers = [
@@ -81,6 +87,12 @@ class Stepper:
 
     def step(self, factor: float = 1.0) -> None:
         """One update from the gradients there are, each times `factor`; afterwards no parameter has one."""
+        self._step(factor)
+        if self._shares is not None:
+            self._shares.discard_gradients()
+            self._shares.send()
+
+    def _step(self, factor: float) -> None:
         if self._one_by_one:
             for index in range(len(self._parameters)):
                 self._step_one(index, factor)
@@ -100,6 +112,8 @@ class Stepper:
 
     def discard_gradients(self) -> None:
         """Free them without a step."""
+        if self._shares is not None:
+            self._shares.discard_gradients()
         for parameter in self._parameters:
             parameter.grad = None
 

@@ -3,6 +3,7 @@
 ZeRO-3 is FSDP2's `fully_shard` (each block is gathered when it is needed and freed after), ZeRO-2 the same with blocks
 that stay gathered from forward to their backward, HSDP the same on a mesh of two axes (shards within a node, copies
 across). A block is what transformers checkpoints; the rest (embedding, head, last norm) is gathered for the whole step.
+DDP and ZeRO-1, whose ranks hold whole copies, are in `copies`.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from brim.memory import owners
 from brim.recipe import Recipe
+from brim.training.copies import copied
 from brim.training.gloo import GatherByBroadcast, ReduceInPlace
+from brim.training.head import LossModule
 from brim.training.ranks import Ranks
 
 _Given = ParamSpec("_Given")
@@ -25,9 +28,13 @@ _COMMUNICATION = ("unshard", "wait_for_unshard", "post_backward")
 """Of a parameter group: where it gathers parameters and where it reduces gradients."""
 
 
-def shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
-    """`root` (what computes the loss) as it is to be called, its parameters spread over the ranks."""
+def shard(root: LossModule, recipe: Recipe, ranks: Ranks) -> nn.Module:
+    """`root` as it is to be called, its parameters spread over the ranks."""
+    if ranks.data_count == 1:
+        return root
     match recipe.parallel.sharding:
+        case "ddp" | "zero1":
+            return copied(root, ranks, apart=root.head.apart)
         case "zero2" | "zero3" | "hsdp":
             return _fully_shard(root, recipe, ranks)
         case _:

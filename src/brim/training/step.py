@@ -22,9 +22,14 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
     workload.optimizer.set_learning_rate(learning_rate)
     total = torch.zeros((), dtype=torch.float32, device=workload.device)
     scale = workload.loss_scale.value if workload.loss_scale is not None else 1.0
-    for batch in batches:
-        total += _backward(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets / scale)
+    for index, batch in enumerate(batches):
+        with workload.accumulating(is_last=index + 1 == len(batches)):
+            total += _backward(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets / scale)
     owners.switch("workspace")
+    if workload.recipe.parallel.sharding in ("ddp", "zero1"):
+        for parameter in workload.head.apart:
+            if parameter.grad is not None:
+                workload.ranks.add(parameter.grad)
     trainable = [parameter for parameter in workload.model.parameters() if parameter.requires_grad]
     owners.claim("gradients", [parameter.grad for parameter in trainable if parameter.grad is not None])
     if not _update(workload, trainable):

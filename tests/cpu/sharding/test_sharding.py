@@ -42,7 +42,16 @@ def over(count: int, sharding: str, *settings: str) -> tuple[str, ...]:
     return (f"parallel.devices_per_node={count}", f"parallel.sharding={sharding}", *settings)
 
 
+FP16 = ("precision.weights=fp16", "precision.compute=fp16", "precision.master=fp32")
 TWO: dict[str, tuple[str, ...]] = {
+    "ddp": over(2, "ddp", *FP32),
+    "ddp, chunked, accumulated": over(2, "ddp", "memory.loss=chunked", "grad_accumulation=2", *FP32),
+    "ddp, fp16": over(2, "ddp", *FP16),
+    "ddp, int8 base": over(2, "ddp", "method=qlora", "precision.weights=int8"),
+    "ddp, qat": over(2, "ddp", "method=qat", *FP32),
+    "zero1": over(2, "zero1", *FP32),
+    "zero1, master, adafactor": over(2, "zero1", "precision.master=fp32", "optimizer.name=adafactor"),
+    "zero1, adamw8bit": over(2, "zero1", "optimizer.name=adamw8bit", *FP32),
     "zero2": over(2, "zero2", *FP32),
     "zero3": over(2, "zero3", *FP32),
     "zero3, bf16": over(2, "zero3"),
@@ -121,7 +130,8 @@ def real(tmp_path_factory: pytest.TempPathFactory, words: list[str], place: Path
         "calm": tuning("calm"),
         "stopped": tuning("disturbed", stop_rank=1),
         "resumed": tuning("disturbed", "--resume"),
-        "adapters": tuning("adapters", "--method=lora", "--sharding=zero2"),
+        "adapters, stopped": tuning("adapters", "--method=lora", "--sharding=zero1", stop_rank=0),
+        "adapters": tuning("adapters", "--method=lora", "--sharding=zero1", "--resume"),
     }
     two = run_for_real(training(TWO) | tunes, 2, tmp_path_factory.mktemp("two"))
     return two | run_for_real(training(FOUR), 4, tmp_path_factory.mktemp("four"))
