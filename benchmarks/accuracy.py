@@ -91,7 +91,7 @@ def _peak(case: Case) -> Peak | str:
             trace = written_trace(case.spec, case.recipe, case.writing, device=case.device).trace
         else:
             trace = rehearse_trace(case.spec, case.recipe, device=case.device)
-        return peak_on(case.device, trace)[0]
+        return peak_on(case.device, trace, case.recipe)[0]
     except BrimError as error:
         return str(error)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:

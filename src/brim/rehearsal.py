@@ -10,12 +10,13 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
+from brim.errors import RecipeError
 from brim.hardware import Device
 from brim.inference.rehearsed import KV_CACHE, Written, check_room, rehearse_writing
 from brim.memory import owners
 from brim.memory.allocator import replay
 from brim.memory.bands import DEFAULT_RISK, gpu_band
-from brim.memory.constants import context_bytes
+from brim.memory.constants import context_bytes, nccl_bytes
 from brim.memory.cuda import cuda_kernels
 from brim.memory.fake import FakeWorld
 from brim.memory.modules import ModuleWatch, rows_at
@@ -31,7 +32,7 @@ from brim.speed.operators import OperatorMeter, StepWork, continued_work, gpu_se
 from brim.training.adapters import add_lora
 from brim.training.batches import synthetic_batch
 from brim.training.build import base_model, build
-from brim.training.ranks import imagined_ranks
+from brim.training.ranks import group_sizes, imagined_ranks
 from brim.training.step import train_step
 
 ERROR_BAND = (-0.001, 0.001)
@@ -49,7 +50,7 @@ def rehearse(
     `risk`: the share of published runs that may lie above the upper bound of a GPU's peak.
     """
     meter = OperatorMeter()
-    peak, ledger = peak_on(device, rehearse_trace(spec, recipe, device=device, operators=meter))
+    peak, ledger = peak_on(device, rehearse_trace(spec, recipe, device=device, operators=meter), recipe)
     seconds, basis = _step_time(spec, recipe, device, meter.work)
     return Prediction(
         model=spec.name,
@@ -83,21 +84,21 @@ def _offload_in_vain(recipe: Recipe, device: Device) -> list[str]:
     return []
 
 
-def peak_on(device: Device, trace: Trace) -> tuple[Peak, Ledger]:
+def peak_on(device: Device, trace: Trace, recipe: Recipe) -> tuple[Peak, Ledger]:
     """A trace's peaks on a device, and the ledger of the highest."""
-    peak, ledger, _ = _peak_on(device, trace)
+    peak, ledger, _ = _peak_on(device, trace, recipe)
     return peak, ledger
 
 
-def _peak_on(device: Device, trace: Trace) -> tuple[Peak, Ledger, int]:
+def _peak_on(device: Device, trace: Trace, recipe: Recipe) -> tuple[Peak, Ledger, int]:
     """A trace's peaks on a device, the ledger of the highest (allocated on a CPU, device on a GPU), and when that was.
 
     On a GPU the lines are those of the moment of the allocated peak; what the allocator reserved beyond the bytes
-    that were then in use (at any time: it keeps what it has) is `fragmentation`.
+    that were then in use (at any time: it keeps what it has) is `fragmentation`, and NCCL's buffers are `context`.
     """
     if device.kind == "cpu":
         return Peak(allocated_bytes=trace.peak_bytes), trace.peak_ledger(), trace.peak_index
-    context = context_bytes(device)
+    context = context_bytes(device) + nccl_bytes(group_sizes(recipe))
     held = replay(trace, limit_bytes=device.memory_bytes - context)
     ledger = trace.ledger_at(held.peak_index)
     peak = Peak(
@@ -222,7 +223,7 @@ def whole_trace(
 def rehearse_modules(spec: ModelSpec, recipe: Recipe, *, device: Device) -> tuple[ModuleRow, ...]:
     """Bytes by module at the peak, the largest first; together the prediction's ledger. The whole model is run."""
     trace = rehearse_trace(spec, recipe, device=device, by_module=True)
-    _, ledger, index = _peak_on(device, trace)
+    _, ledger, index = _peak_on(device, trace, recipe)
     return rows_at(trace, index, ledger)
 
 
@@ -237,12 +238,18 @@ def rehearse_inference(
 ) -> Prediction:
     """The ledger of writing `new_tokens` after `micro_batch_size` rows of `seq_len` tokens each.
 
-    Of the recipe, the weights' format, the attention and adapters count besides.
+    Of the recipe, the weights' format, the attention and adapters count besides. Raises RecipeError for several
+    devices.
     """
+    if recipe.parallel.devices > 1:
+        raise RecipeError(
+            f"a model writes on one device, and the recipe has {recipe.parallel.devices}; nearest: parallel.nodes = 1, "
+            "parallel.devices_per_node = 1"
+        )
     writing = Writing(batch_size=recipe.micro_batch_size, context=recipe.seq_len, new_tokens=new_tokens)
     check_room(spec, writing)
     written = written_trace(spec, recipe, writing, device=device)
-    peak, ledger, index = _peak_on(device, written.trace)
+    peak, ledger, index = _peak_on(device, written.trace, recipe)
     seconds = writing_time(
         spec,
         recipe,

@@ -23,11 +23,11 @@ class Ledger:
     loss: int = 0
     """Logits, their upcast copies and their gradient."""
     gathered: int = 0
-    """Unsharded parameters and communication buffers."""
+    """Unsharded parameters, and what is sent and received."""
     workspace: int = 0
     """Temporaries of the optimizer step, and what nobody else owns (the batch itself)."""
     context: int = 0
-    """Device runtime and library handles; 0 on a CPU."""
+    """Device runtime, library handles and NCCL's buffers; 0 on a CPU."""
     fragmentation: int = 0
     """Reserved by the allocator and not in use; 0 on a CPU."""
 

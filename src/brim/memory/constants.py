@@ -3,6 +3,7 @@
 A constant stands here only with a place where somebody measured it or a program says it; none is fitted to a peak.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from brim.hardware import Device
@@ -32,6 +33,22 @@ CUBLAS_WORKSPACE_HOPPER = Constant(
     what="the same from compute capability 9 on, and on ROCm",
     source="pytorch aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize",
 )
+NCCL_PAIR = Constant(
+    nbytes=544 * MIB,
+    what="buffers of an NCCL communicator between two GPUs, once it has reduced: for each of its channels and peers; "
+    "not from the caching allocator",
+    source="NVIDIA/nccl#964, measured on A100s with NVLink, PyTorch, August 2023",
+)
+NCCL_GROUP = Constant(
+    nbytes=688 * MIB,
+    what="the same between more than two, however many: a rank has the same neighbours in a ring or a tree of any size",
+    source="NVIDIA/nccl#964; that it grows no more with their number is said in NVIDIA/nccl#986",
+)
+
+
+def nccl_bytes(groups: Iterable[int]) -> int:
+    """Buffers of a communicator for each of these groups of GPUs."""
+    return sum((NCCL_PAIR if size == 2 else NCCL_GROUP).nbytes for size in groups if size > 1)
 
 
 def context_bytes(device: Device) -> int:

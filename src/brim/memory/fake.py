@@ -1,6 +1,6 @@
 """Fake tensors that take the path that real ones take.
 
-A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in nine
+A fake tensor has a size and no data. Left alone, a training step on fake tensors differs from the real one in ten
 ways, each mended here; tests hold fake and real peaks equal for every lever and family.
 
 1. Models branch on a few small integer tensors (is anything padded? are sequences packed?): integers that are
@@ -20,6 +20,7 @@ ways, each mended here; tests hold fake and real peaks equal for every lever and
    work; a test holds what all tokens at the same experts add to that expert's surplus of tokens.
 9. DDP puts its buckets in the order of backward after the first step, and reads that order from a tensor: left as they
    are, they have the same bytes.
+10. Waiting for a collective gives the tensor itself; of a fake one, another.
 """
 
 import sys
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import Reducer
 from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed import _functional_collectives
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor._op_schema import OpSchema
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import _disable_current_modes
@@ -72,6 +75,8 @@ class FakeWorld:
         self._stack.enter_context(mock.patch("torch.get_rng_state", self._rng_state))
         self._stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copy_of_fake, create=True))
         self._stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", _metered_resize(self.meter)))
+        self._stack.enter_context(mock.patch.object(_functional_collectives, "wait_tensor", lambda tensor: tensor))
+        self._stack.enter_context(mock.patch.object(DeviceMesh, "__init__", _mesh_of_numbers))
         self._stack.enter_context(mock.patch.object(Reducer, "_rebuild_buckets", lambda reducer: False))
         self._stack.enter_context(
             mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", _shape_of_the_whole)
@@ -261,6 +266,15 @@ def _shape_of_the_whole(propagator: ShardingPropagator, schema: OpSchema) -> Any
     out of the meter's sight, as they are in a real run."""
     with _real():
         return _propagate(propagator, schema)
+
+
+_make_mesh = DeviceMesh.__init__
+
+
+def _mesh_of_numbers(mesh: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+    """FSDP joins its mesh with that of tensor parallelism: ranks, read from tensors."""
+    with _real():
+        _make_mesh(mesh, *args, **kwargs)
 
 
 def _metered_resize(meter: LifetimeMeter) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:

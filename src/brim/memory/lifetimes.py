@@ -87,7 +87,9 @@ class LifetimeMeter(PlainMode):
         return self.trace.host if self._on_host and self.trace.host is not None else self.trace
 
     def see(self, tensor: Tensor) -> None:
-        """Count this tensor's storage from now on, if it is new."""
+        """Count this tensor's storage from now on, if it is new and is somewhere."""
+        if tensor.device.type == "meta":
+            return
         storage = storage_of(tensor)
         key = _key(storage)
         if key in self._blocks:

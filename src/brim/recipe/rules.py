@@ -41,7 +41,6 @@ def check_ranges(recipe: "Recipe") -> None:
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
     ("memory.offload", frozenset({"none", "optimizer"}), "optimizer", "weights and activations stay on the device"),
-    ("parallel.tensor", frozenset({1}), "1", "matrices are not divided"),
     ("parallel.pipeline", frozenset({1}), "1", "stages are not built"),
 )
 
@@ -132,7 +131,7 @@ def _check_rounding(recipe: "Recipe") -> None:
             f'optimizer.rounding = "stochastic" is written for AdamW, and optimizer.name = "{recipe.optimizer.name}"; '
             'nearest: optimizer.name = "adamw"'
         )
-    if recipe.parallel.sharding != "none":
+    if recipe.parallel.sharding != "none" or recipe.parallel.tensor > 1:
         raise RecipeError(
             'optimizer.rounding = "stochastic" steps whole weights, and each device would round its copy or part by '
             'other chances; nearest: optimizer.rounding = "nearest"'
@@ -147,10 +146,10 @@ def _check_dora(recipe: "Recipe") -> None:
             "lora.dora = true reads whole weights to know their lengths, and a packed base has none; nearest: "
             'lora.dora = false, or method = "lora" with precision.weights = "bf16"'
         )
-    if recipe.parallel.sharding in ("zero2", "zero3", "hsdp"):
+    if recipe.parallel.sharding in ("zero2", "zero3", "hsdp") or recipe.parallel.tensor > 1:
         raise RecipeError(
-            f'lora.dora = true reads whole weights, and parallel.sharding = "{recipe.parallel.sharding}" divides '
-            "them; nearest: lora.dora = false"
+            f'lora.dora = true reads whole weights, and parallel.sharding = "{recipe.parallel.sharding}", '
+            f"parallel.tensor = {recipe.parallel.tensor} divide them; nearest: lora.dora = false"
         )
 
 
@@ -186,22 +185,32 @@ def _check_parallel(recipe: "Recipe") -> None:
             'parallel.sharding = "hsdp" keeps a copy on each node, and there is one; nearest: parallel.sharding = '
             '"zero3"'
         )
-    if parallel.sharding != "none" and recipe.optimizer.in_backward:
+    if (parallel.sharding != "none" or parallel.tensor > 1) and recipe.optimizer.in_backward:
         raise RecipeError(
             "optimizer.in_backward = true steps each weight before its gradient has come from the other devices; "
             "nearest: optimizer.in_backward = false"
         )
-    if parallel.sharding in ("zero2", "zero3", "hsdp"):
+    if parallel.tensor > 1 and parallel.sharding not in ("none", "zero2", "zero3"):
+        raise RecipeError(
+            f"parallel.tensor = {parallel.tensor} divides matrices, and parallel.sharding = "
+            f'"{parallel.sharding}" keeps copies of whole ones; nearest: parallel.tensor = 1'
+        )
+    if parallel.tensor > parallel.devices_per_node:
+        raise RecipeError(
+            f"parallel.tensor = {parallel.tensor} talks within each layer, and would leave a node of "
+            f"{parallel.devices_per_node} devices; nearest: parallel.tensor = {parallel.devices_per_node}"
+        )
+    if recipe.memory.offload != "none" and (parallel.sharding != "none" or parallel.tensor > 1):
+        raise RecipeError(
+            f'memory.offload = "{recipe.memory.offload}" steps the weights of one device on its host, and several '
+            'share them; nearest: memory.offload = "none" (zero1, zero2 and zero3 divide the states among the devices)'
+        )
+    if parallel.sharding in ("zero2", "zero3", "hsdp") or parallel.tensor > 1:
         _check_divided(recipe)
 
 
 def _check_divided(recipe: "Recipe") -> None:
     """What does not work on parts of tensors."""
-    if recipe.memory.offload != "none":
-        raise RecipeError(
-            f'memory.offload = "{recipe.memory.offload}" steps whole weights on the host, and each device has parts of '
-            'them; nearest: memory.offload = "none" (the states are divided among the devices already)'
-        )
     if recipe.optimizer.name not in ("adamw", "sgd", "lion"):
         raise RecipeError(
             f'optimizer.name = "{recipe.optimizer.name}" takes means or scales over elements that are on different '
@@ -211,11 +220,6 @@ def _check_divided(recipe: "Recipe") -> None:
         raise RecipeError(
             f'method = "{recipe.method}" shares scales among elements that would be on different devices; nearest: '
             'method = "lora", precision.weights = "bf16"'
-        )
-    if recipe.precision.compute == "fp16":
-        raise RecipeError(
-            "FP16's loss scale must be the same on all devices, and each would choose its own; nearest: "
-            'precision.weights = "bf16", precision.compute = "bf16"'
         )
 
 

@@ -23,6 +23,7 @@ from brim.training.fake_quantized import quantize_fake, scales_of
 from brim.training.fused_norm import fuse_norms
 from brim.training.head import LossModule, OutputHead
 from brim.training.loss_scale import LossScale
+from brim.training.matrices import divide_matrices
 from brim.training.optimizer import Stepper
 from brim.training.packed_base import PackedBase, cast_norms
 from brim.training.packing import check_takes_positions
@@ -49,6 +50,8 @@ class Workload:
     """Where backward runs in FP16."""
     device: torch.device
     ranks: Ranks
+    summed: list[nn.Parameter]
+    """Of which each rank that shares the matrices finds only a part of the gradient."""
 
     def kernels(self) -> AbstractContextManager[object]:
         """What forward and backward may run in: FlashAttention alone, when the recipe asks for it."""
@@ -81,8 +84,9 @@ def build(
 
     `weights` is a directory in Hugging Face form; without it the weights are random. The order: weights in their
     stored format, packed one by one as they come -> device -> fake quantization (it takes the weights over) -> adapters
-    (they take the base's format and place) -> checkpointing (it must see the final blocks) -> sharding (it must see all
-    that is to be divided) -> optimizer (it must see the final parameters).
+    (they take the base's format and place) -> tensor parallelism (adapters follow their layer) -> checkpointing (it
+    must see the final blocks) -> sharding (it must see all that is to be divided) -> optimizer (it must see the final
+    parameters).
 
     Raises RecipeError when the recipe does not go with the model.
     """
@@ -103,6 +107,8 @@ def build(
     model: nn.Module = base
     if recipe.adapts:
         model = add_lora(base, recipe)
+    divided = None if ranks.mesh is None or recipe.parallel.tensor == 1 else ranks.mesh["tensor"]
+    summed = [] if divided is None else divide_matrices(base, recipe, divided)
     checkpoint_blocks(base, recipe.memory.activation_checkpointing)
     model.train()
     head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
@@ -131,6 +137,7 @@ def build(
         loss_scale=LossScale() if recipe.precision.compute == "fp16" else None,
         device=torch.device(device),
         ranks=ranks,
+        summed=[parameter for module in summed for parameter in module.parameters() if parameter.requires_grad],
     )
 
 

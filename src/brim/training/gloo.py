@@ -9,12 +9,15 @@ the memory, and no profiler sees it in those threads; `settled` waits for them.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 
@@ -25,6 +28,32 @@ def settled(tensor: Tensor, collective: Callable[[Tensor], object]) -> None:
     collective(tensor.view(tensor.shape))
     while _holders(tensor) > before:
         time.sleep(0)
+
+
+_PATIENCE_S = 0.01
+"""A result that is held by others for longer has been looked at before it was waited for."""
+
+
+@contextmanager
+def settling() -> Iterator[None]:
+    """The same for the collectives of spread tensors, whose results PyTorch waits for when they are first used."""
+    wait = _functional_collectives.wait_tensor
+
+    def until_settled(tensor: Tensor) -> Tensor:
+        waited: Tensor = wait(tensor)  # type: ignore[no-untyped-call]
+        patience_ends = time.monotonic() + _PATIENCE_S
+        while _is_held(tensor) and time.monotonic() < patience_ends:
+            time.sleep(0)
+        return waited
+
+    with mock.patch.object(_functional_collectives, "wait_tensor", until_settled):
+        yield
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """By anyone beside the caller: the tensor itself, or by a view its storage."""
+    held: int = tensor._use_count()  # type: ignore[attr-defined]
+    return held > 1 or _holders(tensor) > 2
 
 
 def _holders(tensor: Tensor) -> int:

@@ -6,7 +6,6 @@ that one of them has overflowed. Constants are GradScaler's.
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -45,12 +44,6 @@ class LossScale:
     def load_state(self, state: Tensor) -> None:
         value, good_steps = state.tolist()
         self.value, self._good_steps = value, int(good_steps)
-
-
-def norm_of(gradients: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients, in FP32 (an FP16 one passes 65504); each is made FP32 by itself."""
-    norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def unscaling(norm: Tensor, scale: LossScale, *, max_norm: float) -> float | None:

@@ -25,7 +25,7 @@ from brim.recipe import Optimizer
 from brim.training.adamw8bit import AdamW8bit
 from brim.training.copies import Shares
 from brim.training.lion import Lion
-from brim.training.parts import part_of, placed_like
+from brim.training.parts import part_of, placed_like, spread_of
 from brim.training.rounded_adamw import RoundedAdamW
 
 _MOMENTUM = 0.9
@@ -61,8 +61,10 @@ class Stepper:
                 self._masters = [nn.Parameter(_host_copy(p, in_fp32=fp32_master)) for p in parameters]
             else:
                 self._masters = [nn.Parameter(p.detach().float()) for p in parameters] if fp32_master else []
-        # of few parameters and many ranks, some have none: no optimizer of torch's takes an empty list
-        one_by_one = bool(self._masters) or settings.in_backward or not parameters
+        # No optimizer of torch's takes an empty list (of few parameters and many ranks, some have none), or whole
+        # tensors beside such that are spread over ranks.
+        alike = len({spread_of(parameter) for parameter in parameters}) == 1
+        one_by_one = bool(self._masters) or settings.in_backward or not alike
         groups = [[parameter] for parameter in self._masters or parameters] if one_by_one else [parameters]
         self._settings = settings
         with self._place():

@@ -4,12 +4,18 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
 def part_of(tensor: Tensor) -> Tensor:
     """What of it is in this process, sharing its storage."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def spread_of(tensor: Tensor) -> DeviceMesh | None:
+    """The ranks that it is spread over; None: it is whole."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
 def placed_like(part: Tensor, model: Tensor) -> Tensor:

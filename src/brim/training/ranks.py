@@ -6,7 +6,7 @@ matrix). Only axes that a recipe uses are made.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from brim.errors import UsageError
 from brim.recipe import Recipe
-from brim.training.gloo import settled
+from brim.training.gloo import settled, settling
 from brim.training.processes import RENDEZVOUS
 
 _TIMEOUT = timedelta(minutes=10)
@@ -85,6 +85,12 @@ class Ranks:
                 settled(tensor, partial(dist.all_reduce, group=self.data.get_group(name)))
         return tensor
 
+    def add_matrices(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that share matrices, in place."""
+        assert self.mesh is not None
+        settled(tensor, partial(dist.all_reduce, group=self.mesh.get_group("tensor")))
+        return tensor
+
     @property
     def data_count(self) -> int:
         """As many shares of the rows there are."""
@@ -102,7 +108,8 @@ class Ranks:
         """Each value's highest over all ranks."""
         if self.mesh is None:
             return values
-        found = torch.tensor(values, dtype=torch.int64, device=self.mesh.device_type)
+        # On the processor, whose gloo is there on a GPU, too: no NCCL communicator for it.
+        found = torch.tensor(values, dtype=torch.int64)
         settled(found, partial(dist.all_reduce, op=dist.ReduceOp.MAX))
         return tuple(found.tolist())
 
@@ -135,6 +142,21 @@ def mesh_axes(recipe: Recipe) -> dict[str, int]:
     return axes
 
 
+def group_sizes(recipe: Recipe) -> list[int]:
+    """Of the groups that a rank talks in, a communicator each: one for each axis, and one for two that are summed over
+    at once."""
+    axes = {name: size for name, size in mesh_axes(recipe).items() if size > 1}
+    both = [recipe.parallel.devices] if {"shard", "tensor"} <= axes.keys() else []
+    return [*axes.values(), *both]
+
+
+def _mesh(device: str, axes: dict[str, int]) -> DeviceMesh:
+    mesh = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    if "shard" in axes and "tensor" in axes:
+        mesh["shard", "tensor"]._flatten()  # the norm of gradients is then summed over both at once
+    return mesh
+
+
 @contextmanager
 def imagined_ranks(recipe: Recipe) -> Iterator[Ranks]:
     """The first of as many ranks as the recipe says; the others exist by name alone, and collectives move nothing."""
@@ -144,8 +166,7 @@ def imagined_ranks(recipe: Recipe) -> Iterator[Ranks]:
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=recipe.parallel.devices)
     try:
-        mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
-        yield Ranks(rank=0, mesh=mesh)
+        yield Ranks(rank=0, mesh=_mesh("cpu", axes))
     finally:
         dist.destroy_process_group()
 
@@ -177,6 +198,7 @@ def joined_ranks(recipe: Recipe, device: str) -> Iterator[Ranks]:
         timeout=_TIMEOUT,
     )
     try:
-        yield Ranks(rank=rank, mesh=init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes)))
+        with settling() if device == "cpu" else nullcontext():
+            yield Ranks(rank=rank, mesh=_mesh(device, axes))
     finally:
         dist.destroy_process_group()

@@ -9,7 +9,9 @@ from torch import Tensor
 from brim.memory import owners
 from brim.training.batches import Batch
 from brim.training.build import Workload
-from brim.training.loss_scale import norm_of, unscaling
+from brim.training.clipping import clip, norm_of
+from brim.training.loss_scale import unscaling
+from brim.training.parts import part_of
 
 
 def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: float) -> Tensor:
@@ -26,16 +28,24 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
         with workload.accumulating(is_last=index + 1 == len(batches)):
             total += _backward(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets / scale)
     owners.switch("workspace")
-    if workload.recipe.parallel.sharding in ("ddp", "zero1"):
-        for parameter in workload.head.apart:
-            if parameter.grad is not None:
-                workload.ranks.add(parameter.grad)
+    _add_apart(workload)
     trainable = [parameter for parameter in workload.model.parameters() if parameter.requires_grad]
     owners.claim("gradients", [parameter.grad for parameter in trainable if parameter.grad is not None])
     if not _update(workload, trainable):
         total.fill_(math.nan)
     owners.claim("optimizer", workload.optimizer.tensors())
     return workload.ranks.add(total / scale if scale != 1.0 else total)
+
+
+def _add_apart(workload: Workload) -> None:
+    """Sum the gradients that the engine leaves to each rank."""
+    if workload.recipe.parallel.sharding in ("ddp", "zero1"):
+        for parameter in workload.head.apart:
+            if parameter.grad is not None:
+                workload.ranks.add(parameter.grad)
+    for parameter in workload.summed:
+        if parameter.grad is not None:
+            workload.ranks.add_matrices(part_of(parameter.grad))
 
 
 def _update(workload: Workload, trainable: Sequence[Tensor]) -> bool:
@@ -46,13 +56,13 @@ def _update(workload: Workload, trainable: Sequence[Tensor]) -> bool:
     max_norm, scale = workload.recipe.optimizer.max_grad_norm, workload.loss_scale
     if scale is None:
         if max_norm:
-            norm = torch.nn.utils.clip_grad_norm_(trainable, max_norm)
-            if workload.recipe.parallel.sharding == "none" and not math.isfinite(norm.item()):
+            norm = clip(trainable, max_norm)
+            if not math.isfinite(norm.item()):
                 workload.optimizer.discard_gradients()
                 return False
         workload.optimizer.step()
         return True
-    norm = norm_of(parameter.grad for parameter in trainable if parameter.grad is not None)
+    norm = norm_of([parameter.grad for parameter in trainable if parameter.grad is not None])
     factor = unscaling(norm, scale, max_norm=max_norm)
     if factor is None:
         workload.optimizer.discard_gradients()

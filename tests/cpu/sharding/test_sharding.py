@@ -19,10 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from brim.cli import main
+from brim.hardware import find
+from brim.memory.constants import context_bytes
+from brim.memory.trace import Trace
 from brim.models import ModelSpec
 from brim.models.skeleton import skeleton
 from brim.recipe import Recipe
-from brim.rehearsal import rehearse_trace
+from brim.rehearsal import peak_on, rehearse_trace
 from brim.training.batches import synthetic_batch
 from brim.training.build import build
 from brim.training.processes import run_ranks
@@ -43,23 +46,24 @@ def over(count: int, sharding: str, *settings: str) -> tuple[str, ...]:
 
 
 FP16 = ("precision.weights=fp16", "precision.compute=fp16", "precision.master=fp32")
+TENSOR = "parallel.tensor=2"
 TWO: dict[str, tuple[str, ...]] = {
     "ddp": over(2, "ddp", *FP32),
-    "ddp, chunked, accumulated": over(2, "ddp", "memory.loss=chunked", "grad_accumulation=2", *FP32),
-    "ddp, fp16": over(2, "ddp", *FP16),
     "ddp, int8 base": over(2, "ddp", "method=qlora", "precision.weights=int8"),
-    "ddp, qat": over(2, "ddp", "method=qat", *FP32),
-    "zero1": over(2, "zero1", *FP32),
+    "ddp, qat, chunked, accumulated": over(2, "ddp", "method=qat", "memory.loss=chunked", "grad_accumulation=2", *FP32),
     "zero1, master, adafactor": over(2, "zero1", "precision.master=fp32", "optimizer.name=adafactor"),
     "zero1, adamw8bit": over(2, "zero1", "optimizer.name=adamw8bit", *FP32),
     "zero2": over(2, "zero2", *FP32),
     "zero3": over(2, "zero3", *FP32),
-    "zero3, bf16": over(2, "zero3"),
     "zero3, mixed, chunked": over(2, "zero3", "precision.weights=fp32", "memory.loss=chunked"),
-    "zero3, master, accumulated": over(2, "zero3", "precision.master=fp32", "grad_accumulation=2"),
+    "zero3, fp16, accumulated": over(2, "zero3", "grad_accumulation=2", *FP16),
     "zero3, lora, checkpointed": over(2, "zero3", "method=lora", CHECKPOINTED, *FP32),
+    "tensor": over(2, "none", TENSOR, *FP32),
+    "tensor, lora, bf16": over(2, "none", TENSOR, "method=lora", CHECKPOINTED),
+    "tensor, mixed, chunked": over(2, "none", TENSOR, "precision.weights=fp32", "memory.loss=chunked"),
 }
 FOUR: dict[str, tuple[str, ...]] = {
+    "zero3 x tensor": over(4, "zero3", TENSOR, *FP32),
     "hsdp": ("parallel.nodes=2", *over(2, "hsdp", *FP32)),
 }
 
@@ -130,6 +134,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, words: list[str], place: Path
         "calm": tuning("calm"),
         "stopped": tuning("disturbed", stop_rank=1),
         "resumed": tuning("disturbed", "--resume"),
+        "divided": tuning("divided", "--sharding=none", "--tensor=2", "--set=grad_accumulation=4"),
         "adapters, stopped": tuning("adapters", "--method=lora", "--sharding=zero1", stop_rank=0),
         "adapters": tuning("adapters", "--method=lora", "--sharding=zero1", "--resume"),
     }
@@ -170,6 +175,30 @@ def test_a_wrong_split_would_show(real: dict[str, Real]) -> None:
     assert stays.peak_bytes > (1 + TOLERANCE) * freed.peak_bytes
 
 
+@pytest.mark.parametrize(
+    ("settings", "communicators"),
+    [
+        ((), ()),
+        (over(2, "zero3"), (2,)),
+        (over(8, "ddp"), (8,)),
+        (("parallel.nodes=2", *over(2, "hsdp")), (2, 2)),
+        (over(8, "zero3", TENSOR), (4, 2, 8)),
+    ],
+)
+def test_each_group_has_a_communicator(settings: tuple[str, ...], communicators: tuple[int, ...]) -> None:
+    """NCCL's buffers lie outside the allocator, for each group that a rank talks in; the ledger still adds up."""
+    gpu, recipe = find("a100"), recipe_of(settings)
+    one = Trace()
+    one.allocate(2**20, "weights")
+    peak, ledger = peak_on(gpu, one, recipe)
+    assert peak.device_bytes is not None
+    assert peak.reserved_bytes is not None
+    measured = {2: 544, 4: 688, 8: 688}
+    nccl_bytes = sum(measured[size] for size in communicators) * 2**20
+    assert peak.device_bytes - peak.reserved_bytes == context_bytes(gpu) + nccl_bytes
+    assert ledger.total == peak.device_bytes
+
+
 def weights_of(output: Path) -> dict[str, torch.Tensor]:
     (path,) = output.glob("*.safetensors")
     return load_file(path)
@@ -181,19 +210,23 @@ def lines_of(output: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key in ("step", "loss", "eval_loss")} for line in lines]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_processes_learn_what_one_does(method: str, words: list[str], place: Path, real: dict[str, Real]) -> None:
+@pytest.mark.parametrize(("method", "outputs"), [("full", ("calm", "divided")), ("lora", ("adapters",))])
+def test_two_processes_learn_what_one_does(
+    method: str, outputs: tuple[str, ...], words: list[str], place: Path, real: dict[str, Real]
+) -> None:
     """A step's rows do not depend on the number of processes: losses and saved weights agree, tensor by tensor."""
-    alone, spread = place / f"alone-{method}", place / {"full": "calm", "lora": "adapters"}[method]
+    alone = place / f"alone-{method}"
     assert main([*words, f"--output={alone}", f"--method={method}", "--set=grad_accumulation=4"]) == 0
-    ours, theirs = weights_of(spread), weights_of(alone)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-5)
-    for key in ("loss", "eval_loss"):
-        assert [line[key] for line in lines_of(spread) if key in line] == pytest.approx(
-            [line[key] for line in lines_of(alone) if key in line], rel=1e-5
-        )
+    theirs = weights_of(alone)
+    for spread in [place / output for output in outputs]:
+        ours = weights_of(spread)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=2e-5)
+        for key in ("loss", "eval_loss"):
+            assert [line[key] for line in lines_of(spread) if key in line] == pytest.approx(
+                [line[key] for line in lines_of(alone) if key in line], rel=1e-5
+            )
 
 
 def test_the_report_has_every_rank(place: Path, real: dict[str, Real]) -> None:

@@ -24,7 +24,7 @@ from brim.training.processes import RENDEZVOUS
 from brim.training.ranks import joined_ranks
 from brim.training.step import train_step
 
-STEPS = 4
+STEPS = 3
 
 
 def train(spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
