@@ -115,16 +115,7 @@ def build(
     loss = shard(LossModule(model, head), recipe, ranks)
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = Stepper(
-        trained,
-        recipe.optimizer,
-        shares=Shares(trained, ranks) if recipe.parallel.sharding == "zero1" else None,
-        fp32_master=recipe.precision.master == "fp32" and recipe.plain_format != "fp32",
-        fused=recipe.library.adamw == "fused",
-        undecayed=scales_of(model),
-        on_host=recipe.memory.offload == "optimizer",
-    )
+    optimizer = _stepper(model, recipe, ranks)
     owners.claim("optimizer", optimizer.tensors())
     owners.switch("workspace")
     return Workload(
@@ -138,6 +129,20 @@ def build(
         device=torch.device(device),
         ranks=ranks,
         summed=[parameter for module in summed for parameter in module.parameters() if parameter.requires_grad],
+    )
+
+
+def _stepper(model: nn.Module, recipe: Recipe, ranks: Ranks) -> Stepper:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    divides_states = recipe.parallel.sharding == "zero1" and ranks.data_count > 1
+    return Stepper(
+        trained,
+        recipe.optimizer,
+        fp32_master=recipe.precision.master == "fp32" and recipe.plain_format != "fp32",
+        fused=recipe.library.adamw == "fused",
+        undecayed=scales_of(model),
+        on_host=recipe.memory.offload == "optimizer",
+        shares=Shares(trained, ranks) if divides_states else None,
     )
 
 

@@ -131,6 +131,8 @@ def mesh_axes(recipe: Recipe) -> dict[str, int]:
     rows = parallel.data_ranks
     axes: dict[str, int] = {}
     match parallel.sharding:
+        case _ if rows == 1:
+            pass  # nobody else sees other rows
         case "ddp" | "zero1":
             axes["replicate"] = rows
         case "zero2" | "zero3":
