@@ -21,14 +21,16 @@ from brim.checkpoints.job import Job, as_json, plan_job
 from brim.checkpoints.journal import NAME as JOURNAL
 from brim.checkpoints.journal import Done, Journal, has_chunks, identity_in
 from brim.checkpoints.layouts import gguf
+from brim.checkpoints.pickled import pickled_tensors
 from brim.checkpoints.statistics import Statistics
 from brim.checkpoints.stream import CHUNK_BLOCKS, Chunk, Places, chunks_of, convert, count_workers, look_through, verify
 from brim.checkpoints.targets import Family, ScaleChoice, Target
 from brim.checkpoints.writer import create
 from brim.errors import DoesNotFitError, ModelFileError, Stopped, UsageError
-from brim.models import describe
+from brim.models.describe import describe_directory
 from brim.models.directory import StoredTensor, stored_tensors
 from brim.models.gguf_header import read_gguf_header
+from brim.models.spec import ModelSpec
 from brim.numerics.granularity import Granularity
 from brim.publish import alone, appear, check_room, partial_of, sync_tree
 from brim.units import MIB, Progress, no_progress
@@ -47,6 +49,7 @@ def quantize(
     layout: Family | None = None,
     scales: ScaleChoice = "absmax",
     calibration: CalibrationText | None = None,
+    unpickle: bool = False,
     memory_bytes: int = MEMORY_BYTES,
     resume: bool = False,
     progress: Progress = no_progress,
@@ -56,7 +59,8 @@ def quantize(
     weights as INT8, INT4 or FP8 (compressed-tensors), INT8 or NF4 (bitsandbytes), or all of it in one GGUF file;
     tokenizer, generation settings and licences go along. `layout` None: the format's default. `granularity` is that of
     integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen; `calibration` is the
-    text that "calibrated" needs, and what that decides is kept beside the output until it is done.
+    text that "calibrated" needs, and what that decides is kept beside the output until it is done. `unpickle` reads the
+    weights from PyTorch's .bin files.
 
     Takes at most `memory_bytes` beside what the interpreter has. `progress` counts bytes read from the source and back
     from the output. The output appears whole or not at all. With `resume`, what a killed run did is not done again,
@@ -67,9 +71,9 @@ def quantize(
     be resumed.
     """
     check_output(output, source=source)
-    spec = describe(str(source.resolve()))
-    _check_calibration(scales, calibration)
-    job = plan_job(source, spec, to, granularity=granularity, layout=layout, scales=scales)
+    spec, stored = _read(source, unpickle)
+    _check_calibration(scales, calibration, unpickle)
+    job = plan_job(source, spec, stored, to, granularity=granularity, layout=layout, scales=scales)
     place, partial = output.absolute(), partial_of(output.absolute())
     with _full_disk(output), alone(place), _decisions_removed(place):
         if calibration is not None:
@@ -90,7 +94,15 @@ def quantize(
     return report
 
 
-def _check_calibration(scales: ScaleChoice, calibration: CalibrationText | None) -> None:
+def _read(source: Path, unpickle: bool) -> tuple[ModelSpec, tuple[StoredTensor, ...]]:
+    """What the model is, and where its tensors are."""
+    stored = pickled_tensors(source) if unpickle else stored_tensors(source)
+    return describe_directory(str(source.resolve()), source.resolve(), stored), stored
+
+
+def _check_calibration(scales: ScaleChoice, calibration: CalibrationText | None, unpickle: bool) -> None:
+    if calibration is not None and unpickle:
+        raise UsageError("calibration runs the model, and .bin files are converted without; use --to fp32 first")
     if (scales == "calibrated") != (calibration is not None):
         raise UsageError("calibrated scales need a text to calibrate on, and others have no use for one: "
                          "--scales calibrated --calibration FILE")  # fmt: skip
@@ -113,6 +125,7 @@ def audit(
     granularity: Granularity | None = None,
     layout: Family | None = None,
     scales: ScaleChoice = "absmax",
+    unpickle: bool = False,
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress = no_progress,
 ) -> QuantizationReport:
@@ -122,7 +135,7 @@ def audit(
     """
     if scales == "calibrated":
         raise UsageError("--audit looks at weights alone; leave --scales calibrated away, or use --scales mse")
-    job = plan_job(source, describe(str(source.resolve())), to, granularity=granularity, layout=layout, scales=scales)
+    job = plan_job(source, *_read(source, unpickle), to, granularity=granularity, layout=layout, scales=scales)
     workers = count_workers(job.conversions, memory_bytes=memory_bytes)
     chunks = tuple(chunk for conversion in job.conversions for chunk in chunks_of(conversion))
     collected = _Collected(job, progress, read_back=False)

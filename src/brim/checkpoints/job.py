@@ -20,7 +20,7 @@ from brim.checkpoints.searched_rows import encode_searched, unpacked
 from brim.checkpoints.targets import Family, ScaleChoice, Target, checked_layout
 from brim.checkpoints.writer import OutputFile, index_of, plan_shards
 from brim.errors import UsageError
-from brim.models.directory import INDEX, StoredTensor, checked_file, stored_tensors
+from brim.models.directory import INDEX, StoredTensor, checked_file
 from brim.models.files import read_json_object
 from brim.models.spec import ModelSpec, TensorSpec
 from brim.numerics.encode import TORCH_DTYPES
@@ -47,6 +47,7 @@ class Job(NamedTuple):
 def plan_job(
     source: Path,
     spec: ModelSpec,
+    stored: Sequence[StoredTensor],
     to: Target,
     *,
     granularity: Granularity | None = None,
@@ -56,7 +57,6 @@ def plan_job(
     """Raises UsageError for a source that is quantized already, in which nothing would change, or whose rows the
     granularity does not suit (None: INT8 by channel, INT4 by groups of 32), a layout that does not hold the format."""
     config = read_json_object(checked_file(source, CONFIG))
-    stored = stored_tensors(source)
     if not stored:
         raise UsageError(f"{source} has a config.json but no weights; copy its safetensors files beside it")
     _check_unquantized(source, config, stored)
@@ -80,7 +80,7 @@ def plan_job(
     else:
         conversions = tuple(_to_float(tensor, to) for tensor in stored)
         config, name = plain.config(config, to=to), "plain"
-    if all(conversion.outputs == (conversion.source.spec,) for conversion in conversions):
+    if all(c.outputs == (c.source.spec,) and c.source.path.suffix == ".safetensors" for c in conversions):
         raise UsageError(f"{source} has {_nothing(spec, to)}")
     files = plan_shards([conversion.tensors for conversion in conversions], metadata=metadata)
     texts = {CONFIG: as_json(config)}

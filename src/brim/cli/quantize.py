@@ -29,6 +29,9 @@ _Layout = Annotated[
         show_default=False,
     ),
 ]
+_Unpickle = Annotated[
+    bool, typer.Option("--unpickle", help="Read pytorch_model.bin: tensors alone, but by torch's unpickler.")
+]
 _Granularity = Annotated[
     str | None,
     typer.Option(
@@ -70,6 +73,7 @@ def command(
     scales: _Scales = "absmax",
     calibration: _Calibration = None,
     calibration_tokens: _CalibrationTokens = 16_384,
+    unpickle: _Unpickle = False,
     memory: _Memory = "512MiB",
     resume: Annotated[bool, typer.Option(help="Go on with a killed or interrupted run.")] = False,
     audit_only: _Audit = False,
@@ -77,10 +81,8 @@ def command(
     json: Json = False,
 ) -> None:
     """A smaller checkpoint: floats, INT8, INT4 or FP8 linear weights, or a GGUF file."""
-    from brim.checkpoints.convert import audit, check_output, quantize
+    from brim.checkpoints.convert import audit, quantize
     from brim.checkpoints.targets import Family, ScaleChoice, Target
-    from brim.models import describe
-    from brim.models.weights import local_directory
     from brim.numerics.granularity import parse_granularity
 
     target, family = _target(to, get_args(Target)), _family(layout, get_args(Family))
@@ -88,14 +90,10 @@ def command(
     text = _calibration_text(calibration, calibration_tokens)
     _check_audit(audit_only, output=output, resume=resume, calibration=calibration)
     picture.check(plot)
-    spec = describe(model)
     place = output or Path(f"{_short_name(model)}-{target}")
     shared = None if granularity is None else parse_granularity(granularity)
     memory_bytes = units.parse_bytes(memory)
-    if not audit_only:
-        check_output(place, source=spec.path)  # before anything is downloaded
-    with console.progress(f"preparing {model}") as listen:
-        source = local_directory(spec, progress=listen)
+    source = _prepared(model, None if audit_only else place, unpickle=unpickle)
     started = time.perf_counter()
     with ExitStack() as bars:
         make = partial(audit, source)
@@ -106,6 +104,7 @@ def command(
         doing = f"{'auditing for' if audit_only else 'quantizing to'} {target}"
         listen = bars.enter_context(console.progress(doing, in_bytes=True))
         settings: dict[str, Any] = {"to": target, "layout": family, "granularity": shared, "scales": choice}
+        settings["unpickle"] = unpickle
         report = make(**settings, memory_bytes=memory_bytes, progress=listen)
     seconds = time.perf_counter() - started
     _draw(plot, report)
@@ -117,6 +116,23 @@ def command(
         console.note(f"nothing was written; without --audit the model goes to {place}")
         return
     _print_place(report, place, model, seconds)
+
+
+def _prepared(model: str, place: Path | None, *, unpickle: bool) -> Path:
+    """The directory to read; the place to write is looked at before anything is downloaded."""
+    from brim.checkpoints.convert import check_output
+    from brim.models import describe
+    from brim.models.weights import local_directory
+
+    if unpickle and not Path(model).is_dir():
+        raise UsageError(f"--unpickle reads a directory on this machine, and {model} is none; leave --unpickle away")
+    spec = None if unpickle else describe(model)
+    if place is not None:
+        check_output(place, source=spec.path if spec else Path(model))
+    if spec is None:
+        return Path(model)
+    with console.progress(f"preparing {model}") as listen:
+        return local_directory(spec, progress=listen)
 
 
 def _target(text: str, known: "tuple[Target, ...]") -> "Target":

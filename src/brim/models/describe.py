@@ -12,7 +12,7 @@ from brim.models import catalogue, embedded
 from brim.models.catalogue import CatalogueEntry
 from brim.models.config import count_parameters, head_and_embedding, is_packed, read_config
 from brim.models.count import count_from_config, tied_by_config
-from brim.models.directory import checked_file, same_bytes, stored_tensors
+from brim.models.directory import StoredTensor, checked_file, same_bytes, stored_tensors
 from brim.models.gguf_config import config_from_gguf
 from brim.models.gguf_header import read_gguf_header
 from brim.models.spec import ModelSpec, TensorSpec
@@ -33,7 +33,7 @@ def describe(source: str) -> ModelSpec:
         return _from_catalogue(source, entry)
     path = Path(source).expanduser()
     if source and _exists(path):
-        return _from_directory(source, path) if path.is_dir() else _from_file(source, path)
+        return describe_directory(source, path) if path.is_dir() else _from_file(source, path)
     if _looks_like_path(source):
         raise UnknownNameError(f"{source} does not exist; name a model directory, a .gguf file, or a model")
     if match := _HUB_ID.fullmatch(source):
@@ -74,17 +74,18 @@ def _from_catalogue(name: str, entry: CatalogueEntry) -> ModelSpec:
     return replace(spec, hub_id=model.hub_id, path=file, tensors=tensors, stored_bytes=_stored_bytes(tensors))
 
 
-def _from_directory(name: str, directory: Path) -> ModelSpec:
+def describe_directory(name: str, directory: Path, tensors: Iterable[StoredTensor] | None = None) -> ModelSpec:
+    """What the model in this directory is; `tensors` where its weights are not safetensors. Raises ModelFileError."""
     if not _exists(directory / "config.json"):
         raise ModelFileError(f"{directory} has no config.json, so it is not a Hugging Face model directory")
     config = read_config(checked_file(directory, "config.json"))
-    stored = {tensor.spec.name: tensor for tensor in stored_tensors(directory)}
+    stored = {tensor.spec.name: tensor for tensor in (stored_tensors(directory) if tensors is None else tensors)}
     head, embedding = head_and_embedding(stored)
     is_copy = head is not None and embedding is not None and same_bytes(stored[head], stored[embedding])
-    tensors = tuple(tensor.spec for tensor in stored.values())
-    tied = _is_tied(config, tensors, head_is_copy=is_copy)
+    specs = tuple(tensor.spec for tensor in stored.values())
+    tied = _is_tied(config, specs, head_is_copy=is_copy)
     spec = ModelSpec(name=name, kind="directory", config=config, num_parameters=0, path=directory, tied_head=tied)
-    return _counted(spec, tensors)
+    return _counted(spec, specs)
 
 
 def _from_file(name: str, path: Path) -> ModelSpec:

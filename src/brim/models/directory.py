@@ -38,7 +38,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     if any((directory / name).exists() for name in _PICKLES):
         raise ModelFileError(
             f"{directory} holds its weights as pickle (.bin), which can run code when read; "
-            "save the model as safetensors: model.save_pretrained(directory)"
+            "convert it once with brim quantize DIRECTORY --unpickle, or save the model as safetensors"
         )
     return ()
 
@@ -79,13 +79,13 @@ def _tensors_in(path: Path) -> list[StoredTensor]:
     return [StoredTensor(spec=t.spec, path=path, offset=header.data_start + t.begin) for t in header.tensors]
 
 
-def shard_names(weight_map: dict[str, str], where: object) -> tuple[str, ...]:
+def shard_names(weight_map: dict[str, str], where: object, *, suffix: str = ".safetensors") -> tuple[str, ...]:
     """The distinct file names in a shard index, in order, each checked. Raises ModelFileError."""
     names = sorted(set(weight_map.values()))
     for name in names:
         # Both separators on every system: a model saved on one is read on another.
-        if not name.endswith(".safetensors") or set(name) & set("/\\\0:") or name.startswith("."):
-            raise ModelFileError(f"{where}: shard name {name!r} is not a plain name ending in .safetensors; "
+        if not name.endswith(suffix) or set(name) & set("/\\\0:") or name.startswith("."):
+            raise ModelFileError(f"{where}: shard name {name!r} is not a plain name ending in {suffix}; "
                                  "the index is damaged or hostile")  # fmt: skip
     return tuple(names)
 
