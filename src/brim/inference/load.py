@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from brim import units
 from brim.errors import MissingPartError, ModelFileError, UsageError
+from brim.inference.packed import packer_of, rearrange
 from brim.models import describe
 from brim.models.families import ENCODERS
 from brim.models.quiet import quiet_transformers
@@ -47,20 +48,28 @@ def locate(source: str, *, progress: units.Progress = units.no_progress) -> Path
     return local_directory(describe(source), progress=progress)
 
 
-def load(directory: Path, *, device: str | None = None) -> Loaded:
+def load(
+    directory: Path, *, device: str | None = None, pack: str | None = None, compute: torch.dtype | None = None
+) -> Loaded:
     """The model in the precision it is stored in, on `device` (None: the first GPU, or the CPU where there is none).
 
-    A directory that holds an adapter loads its base model with the adapter on it. INT8 directories need
-    compressed-tensors. Raises ModelFileError, MissingPartError.
+    Weights that are stored packed stay packed; what layouts of others hold in a form that no module here takes, they
+    unpack (INT8 then needs compressed-tensors). `pack`: the rest is packed in this format as it is read
+    (`inference.packed.FORMATS`). `compute`: what models that are packed run in; None: what they were made for.
+    A directory that holds an adapter loads its base model with the adapter on it.
+    Raises ModelFileError, MissingPartError, UsageError.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _quiet(), _transformers_errors(directory):
         if _is_adapter(directory):
-            model = PeftModel.from_pretrained(_load_model(_adapter_base(directory)), str(directory))
+            base = _load_model(_adapter_base(directory), pack=pack, compute=compute)
+            model = PeftModel.from_pretrained(base, str(directory))
         else:
-            model = _load_model(directory)
+            model = _load_model(directory, pack=pack, compute=compute)
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    return Loaded(model.eval().to(device), tokenizer)
+    model = model.eval().to(device)
+    rearrange(model)
+    return Loaded(model, tokenizer)
 
 
 def resident_bytes(model: torch.nn.Module) -> int:
@@ -69,16 +78,22 @@ def resident_bytes(model: torch.nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _load_model(directory: Path) -> Any:
+def _load_model(directory: Path, *, pack: str | None, compute: torch.dtype | None) -> Any:
     config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     if config.model_type in ENCODERS:
         raise UsageError(f"{directory} is a {config.model_type}, which fills in masked tokens: it writes no text and "
                          "has no perplexity; name a causal model")  # fmt: skip
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    packer = packer_of(describe(str(directory.resolve())), pack=pack, compute=compute)
+    settings: dict[str, Any] = {"dtype": "auto"}
+    if packer is not None:
+        settings = {"dtype": packer.compute, "quantization_config": packer.loading()}
+        # Otherwise transformers would have its quantizer of this name read the file.
+        vars(config).pop("quantization_config", None)
     model, loading = kind.from_pretrained(
         str(directory),
         config=config,
-        dtype="auto",
+        **settings,
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
@@ -89,6 +104,8 @@ def _load_model(directory: Path) -> Any:
         raise ModelFileError(
             f"{directory}: {len(missing)} tensors that the model needs are missing or misshapen, first {missing[0]}"
         )
+    if packer is not None:
+        model.hf_quantizer.remove_quantization_config(model)
     return model
 
 

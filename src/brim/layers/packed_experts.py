@@ -83,7 +83,9 @@ class PackedExperts(nn.Module):
         _, rows, inputs = self.shapes[name]
         keys = self.packing.layout(rows, inputs, self.compute)
         held = {key: self._buffers[_buffer(name, key)][expert, matrix] for key in keys}  # type: ignore[index]
-        return PackedMatrix(held=held, rows=rows, inputs=inputs, packing=self.packing, compute=self.compute)
+        return PackedMatrix(
+            held=held, out_features=rows, in_features=inputs, packing=self.packing, compute=self.compute
+        )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `MixtralExperts.forward` and its kin: (T, H), (T, P) and (T, P) -> (T, H)."""
@@ -106,13 +108,13 @@ class PackedMatrix:
     """One expert's gate, up or down: views of the experts' buffers."""
 
     held: Tensors
-    rows: int
-    inputs: int
+    out_features: int
+    in_features: int
     packing: Packing
     compute: torch.dtype
 
     def unpacked(self) -> Tensor:
-        return self.packing.unpack(self.held, self.rows, self.inputs, self.compute)
+        return self.packing.unpack(self.held, self.out_features, self.in_features, self.compute)
 
 
 def routes(top_k_index: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

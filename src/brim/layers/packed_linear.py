@@ -3,6 +3,8 @@
 Each matmul makes the weight anew and drops it; nothing of the weight's size is kept for backward, and since the weight
 is not trained, neither is the input.
 
+Where no gradient is asked for, `layers.products` chooses a kernel that reads the packed weight itself.
+
 How this differs from bitsandbytes' Linear4bit: it can be built on meta and fake tensors, holds any `Packing`, and says
 what it holds as plain buffers. Shapes: R outputs, K inputs.
 """
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brim.layers.packing import Packing, Tensors
+from brim.layers.packing import Packing, Tensors, rearranged
+from brim.layers.products import Holds, product
 
 
 class PackedLinear(nn.Linear):
@@ -21,6 +24,8 @@ class PackedLinear(nn.Linear):
 
     _is_hf_initialized: bool
     """transformers' mark: its initializers, which want floats, keep away."""
+    is_stored_packed = False
+    """Whether its file holds what it holds: nothing is packed as it is loaded."""
 
     def __init__(
         self,
@@ -39,9 +44,7 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = inputs, outputs
         self.packing, self.compute = packing, compute
         layout = packing.layout(outputs, inputs, compute)
-        self._held = tuple(layout)
-        for name, (shape, dtype) in layout.items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        self._hold({name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()})
         self.bias = bias  # type: ignore[assignment]  # nn.Linear's own says Parameter
 
     @property
@@ -49,10 +52,23 @@ class PackedLinear(nn.Linear):
         """What holds the weight, by name."""
         return {name: self._buffers[name] for name in self._held}  # type: ignore[misc]  # none of ours is None
 
+    def _hold(self, tensors: Tensors) -> None:
+        self._held = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def packed(self, weight_RK: Tensor) -> Tensors:
+        """What holds this weight, given as files hold it."""
+        return self.packing.pack((weight_RK.T.contiguous() if self.transposed else weight_RK).to(self.compute))
+
     def pack(self, weight_RK: Tensor) -> None:
         """Hold this weight from now on."""
-        for name, tensor in self.packing.pack(weight_RK.to(self.compute)).items():
-            setattr(self, name, tensor)
+        self._hold(self.packing.pack(weight_RK.to(self.compute)))
+
+    def rearrange(self) -> None:
+        """Hold the weight in the order that a kernel of this device wants, if there is one."""
+        self.packing, held = rearranged(self.packing, self.held, self.out_features, self.in_features, self.compute)
+        self._hold(held)
 
     def unpacked(self) -> Tensor:
         """weight_RK in the compute format, anew."""
@@ -64,8 +80,8 @@ class PackedLinear(nn.Linear):
         return packed_product(input, bias, self, compute=self.compute)
 
 
-class Unpacks(Protocol):
-    """Whoever holds a packed weight."""
+class Unpacks(Holds, Protocol):
+    """Whoever holds a packed weight, and can make it."""
 
     def unpacked(self) -> Tensor:
         """weight_RK, anew."""
@@ -73,6 +89,8 @@ class Unpacks(Protocol):
 
 def packed_product(input: Tensor, bias_R: Tensor | None, held: Unpacks, *, compute: torch.dtype) -> Tensor:
     """input @ weight.T + bias in the compute format, and back in the input's."""
+    if not torch.is_grad_enabled():
+        return product(input, bias_R, held, compute=compute)
     result: Tensor = _PackedProduct.apply(input.to(compute), bias_R, held)  # type: ignore[no-untyped-call]
     return result.to(input.dtype)
 

@@ -95,15 +95,37 @@ class Nf4:
 class Int8:
     """Codes of 8 bits and a scale for each output. The scale is in the compute format: no FP32 product is made."""
 
+    group_size: int | None = None
+    """Inputs that share a scale; None: all of an output's."""
+    rounds_inputs: bool = False
+    """Where no gradient is asked for, inputs are rounded to 8 bits row by row and the product is one of integers."""
+
     def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
-        return {"weight": ((rows, inputs), torch.int8), "scale": ((rows, 1), dtype)}
+        groups = inputs // (self.group_size or inputs)
+        return {"weight": ((rows, inputs), torch.int8), "scale": ((rows, groups), dtype)}
 
     def pack(self, weight_RK: Tensor) -> Tensors:
-        codes, scale = _encode(weight_RK, "int8", weight_RK.shape[1])
+        codes, scale = _encode(weight_RK, "int8", self.group_size or weight_RK.shape[1])
         return {"weight": codes, "scale": scale}
 
     def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
-        return held["weight"].to(dtype).mul_(held["scale"])
+        return _times_groups(held["weight"].to(dtype), held["scale"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8:
+    """FP8 E4M3 elements and a scale for each output."""
+
+    def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
+        return {"weight": ((rows, inputs), torch.float8_e4m3fn), "scale": ((rows, 1), dtype)}
+
+    def pack(self, weight_RK: Tensor) -> Tensors:
+        values = weight_RK.float()
+        scale = absmax_scale(values, largest_code=FORMATS["fp8_e4m3"].largest, dtype=weight_RK.dtype)
+        return {"weight": (values / scale.float()).to(torch.float8_e4m3fn), "scale": scale}
+
+    def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        return _times_groups(held["weight"].to(dtype), held["scale"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +162,91 @@ class Int4:
         weight[..., 1] = pairs >> 4
         groups = weight.sub_(8).view(rows, -1, self.group_size)
         return groups.mul_(held["scale"][..., None]).view(rows, inputs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Words:
+    """Codes of 8 bits plus 128, four in an int32 along a row: compressed-tensors' pack-quantized, as files hold it."""
+
+    group_size: int | None
+
+    def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
+        groups = inputs // (self.group_size or inputs)
+        return {"weight": ((rows, inputs // 4), torch.int32), "scale": ((rows, groups), dtype)}
+
+    def pack(self, weight_RK: Tensor) -> Tensors:
+        held = Int8(group_size=self.group_size).pack(weight_RK)
+        return {**held, "weight": held["weight"].view(torch.uint8).bitwise_xor(128).view(torch.int32)}
+
+    def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        return self.rearranged().unpack(self.rearrange(held), rows, inputs, dtype)
+
+    def rearranged(self) -> Int8:
+        """The same codes, one a byte."""
+        return Int8(group_size=self.group_size)
+
+    def rearrange(self, held: Tensors) -> Tensors:
+        """What `rearranged` holds of it."""
+        return {**held, "weight": held["weight"].view(torch.uint8).bitwise_xor(128).view(torch.int8)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int4Kernel:
+    """`Int4` in BF16 with its codes and scales in the order of torch's CPU kernel: as many bytes of codes, and a zero
+    beside each scale."""
+
+    group_size: int
+
+    @staticmethod
+    def fits(packing: Packing, rows: int, inputs: int, dtype: torch.dtype) -> bool:
+        """Whether the kernel takes a weight of this shape."""
+        suits = isinstance(packing, Int4) and packing.group_size in (32, 64, 128, 256)
+        return suits and dtype == torch.bfloat16 and rows % 16 == 0
+
+    def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
+        return {
+            "weight": ((rows, inputs // 2), torch.uint8),
+            "scale": ((inputs // self.group_size, rows, 2), dtype),
+        }
+
+    def pack(self, weight_RK: Tensor) -> Tensors:
+        return self.rearrange(Int4(group_size=self.group_size).pack(weight_RK))
+
+    def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        # The order of the codes differs from processor to processor: the kernel alone knows it.
+        identity_KK = torch.eye(inputs, dtype=torch.bfloat16, device=held["weight"].device)
+        weight_KR = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            identity_KK, held["weight"], self.group_size, held["scale"]
+        )
+        return weight_KR.t().to(dtype).contiguous()
+
+    def rearrange(self, held: Tensors) -> Tensors:
+        """What `Int4` holds, in this order."""
+        pairs = held["weight"].view(torch.uint8)
+        nibbles_RK = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1).to(torch.int32)
+        scale_SR = held["scale"].t()
+        return {
+            "weight": torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles_RK, 1),
+            "scale": torch.stack([scale_SR, torch.zeros_like(scale_SR)], dim=-1),
+        }
+
+
+def rearranged(packing: Packing, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> tuple[Packing, Tensors]:
+    """The same weight as a kernel wants it, where one wants it otherwise than files hold it."""
+    if isinstance(packing, Int8Words):
+        return packing.rearranged(), packing.rearrange(held)
+    if isinstance(packing, Int4) and Int4Kernel.fits(packing, rows, inputs, dtype) and not held["weight"].is_cuda:
+        kernel = Int4Kernel(group_size=packing.group_size)
+        return kernel, kernel.rearrange(held)
+    return packing, held
+
+
+def _times_groups(weight_RK: Tensor, scale_RS: Tensor) -> Tensor:
+    """In place: each run of K / S inputs times its scale."""
+    if scale_RS.shape[1] == 1:
+        return weight_RK.mul_(scale_RS)
+    weight_RK.unflatten(-1, (scale_RS.shape[1], -1)).mul_(scale_RS[..., None])
+    return weight_RK
 
 
 def _encode(weight_RK: Tensor, format: str, group_size: int) -> tuple[Tensor, Tensor]:

@@ -82,20 +82,20 @@ def decode(codes_RK: Tensor, scale: Tensor, *, granularity: Granularity | None =
     return (blocks * scale.float().reshape(*blocks.shape[:-1], 1)).view(codes_RK.shape)
 
 
-def absmax_scale(blocks: Tensor, *, largest_code: int, dtype: torch.dtype) -> Tensor:
+def absmax_scale(blocks: Tensor, *, largest_code: float, dtype: torch.dtype) -> Tensor:
     """(..., B) -> (..., 1): the largest element of each block maps to `largest_code`."""
     scale = blocks.abs().amax(dim=-1, keepdim=True) / largest_code
     return storable_scale(scale, largest_code=largest_code, dtype=dtype)
 
 
-def storable_scale(scale: Tensor, *, largest_code: int, dtype: torch.dtype) -> Tensor:
+def storable_scale(scale: Tensor, *, largest_code: float, dtype: torch.dtype) -> Tensor:
     """The scale as stored: in its dtype, 1 where it would be 0, and no larger than leaves the last code finite."""
     stored = scale.clamp(max=_largest_scale(largest_code, dtype)).to(dtype)
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 
 @cache
-def _largest_scale(largest_code: int, dtype: torch.dtype) -> float:
+def _largest_scale(largest_code: float, dtype: torch.dtype) -> float:
     """The largest scale of this dtype whose last code is still finite in it: readers decode in the scale's dtype."""
     largest = torch.finfo(dtype).max
     nearest = torch.tensor(largest / largest_code, dtype=dtype)

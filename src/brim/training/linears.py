@@ -1,28 +1,17 @@
-"""Which linear layers of a model are packed or fake-quantized: all below the head whose weight is theirs alone."""
+"""Which linear layers of a model are packed or fake-quantized: all below what a task takes for the head."""
 
-from collections import Counter
 from collections.abc import Callable
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.falcon.modeling_falcon import FalconLinear
-from transformers.pytorch_utils import Conv1D
 
+from brim.layers.linears import linears_below
 from brim.recipe import Task
 from brim.training.head import classifier_name
 
 
 def inner_linears(model: PreTrainedModel, task: Task) -> Callable[[str, nn.Module], bool]:
-    """A filter for `layers.swap`. GPT-2's transposed linears count; heads and shared weights do not."""
+    """A filter for `layers.swap`."""
     classifies = task == "sequence-classification"
     head = getattr(model, classifier_name(model)) if classifies else model.get_output_embeddings()
-    in_head = set() if head is None else set(head.modules())
-    holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
-
-    def match(_: str, module: nn.Module) -> bool:
-        # not any subclass: some read their own weight
-        if type(module) not in (nn.Linear, Conv1D, FalconLinear):
-            return False
-        return module not in in_head and holders[id(module.weight)] == 1
-
-    return match
+    return linears_below(head, model)
