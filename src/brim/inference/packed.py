@@ -100,8 +100,9 @@ class PackAll:
         model.set_input_embeddings(packed)
         model.set_output_embeddings(packed_head)
         if self.tied:
-            # transformers ties `weight` by itself, and finds nothing of the head's missing
-            packed_head._non_persistent_buffers_set.add("scale")
+            # transformers ties parameters alone, and is to miss nothing of the head's: `finish` ties codes and scales
+            packed_head._non_persistent_buffers_set.update(packed_head.held)
+            model.all_tied_weights_keys = {}
 
     def fill(self, model: PreTrainedModel) -> None:
         fill(model)
