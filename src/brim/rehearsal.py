@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from brim.errors import RecipeError
 from brim.hardware import Device
+from brim.inference.packed import packer_of, rearrange
 from brim.inference.rehearsed import KV_CACHE, Written, check_room, rehearse_writing
 from brim.memory import owners
 from brim.memory.allocator import replay
@@ -24,6 +25,7 @@ from brim.memory.splice import continued
 from brim.memory.trace import Trace
 from brim.models import ModelSpec
 from brim.models.series import Series, series
+from brim.models.skeleton import DTYPES, skeleton
 from brim.recipe import Recipe, Writing
 from brim.report import Inference, Ledger, ModuleRow, Peak, Prediction
 from brim.speed import step_time, writing_time
@@ -285,8 +287,16 @@ def written_trace(spec: ModelSpec, recipe: Recipe, writing: Writing, *, device: 
 
 
 def writer(spec: ModelSpec, recipe: Recipe) -> PreTrainedModel:
-    """The model that writes, with the recipe's adapters where it has them; inside a fake mode, a fake one."""
-    model = base_model(recipe, spec)
+    """The model that writes, with the recipe's adapters where it has them; inside a fake mode, a fake one.
+
+    What the model's files hold packed is packed here, as it is when they are loaded to generate.
+    """
+    packer = None if recipe.precision.packed else packer_of(spec, compute=DTYPES[recipe.plain_format])
+    if packer is None:
+        model = base_model(recipe, spec)
+    else:
+        model = skeleton(spec, dtype=recipe.plain_format, attention=recipe.memory.attention, swap=packer)
+        rearrange(model)
     if recipe.adapts:
         add_lora(model, recipe)
     return model.eval()

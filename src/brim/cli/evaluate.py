@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from brim import units
-from brim.cli import console
+from brim.cli import console, options
 from brim.report import SCHEMA
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ def command(
     baseline: Annotated[str | None, typer.Option(metavar="MODEL", help="Model to compare with.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Most tokens seen at once; it moves by half of that.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Read only the text's first tokens.")] = None,
+    format: options.PackedFormat = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Perplexity over a text, beside a baseline."""
     from brim.inference import held_text, read_text
 
     text = read_text(data) if data else held_text()
-    found = _measure(model, text, window=window, max_tokens=max_tokens)
+    found = _measure(model, text, window=window, max_tokens=max_tokens, format=format)
     beside = _measure(baseline, text, window=window, max_tokens=max_tokens) if baseline else None
     source = str(data) if data else OWN_TEXT
     if json:
@@ -41,12 +42,12 @@ def command(
     )
 
 
-def _measure(model: str, text: str, *, window: int, max_tokens: int | None) -> "Perplexity":
+def _measure(model: str, text: str, *, window: int, max_tokens: int | None, format: str | None = None) -> "Perplexity":
     from brim.inference import load, locate, perplexity
 
     with console.progress(f"preparing {model}") as listen:
         directory = locate(model, progress=listen)
-    loaded = load(directory)
+    loaded = load(directory, pack=format)
     with console.progress(f"perplexity of {model}") as listen:
         return perplexity(loaded, text, window=window, stride=window // 2, max_tokens=max_tokens, progress=listen)
 

@@ -34,6 +34,9 @@ Sharding = Annotated[
 ]
 Tensor = Annotated[int | None, typer.Option(min=1, help="Devices that share each matrix.")]
 Anew = Annotated[bool, typer.Option("--no-cache", help="Rehearse anew what was answered before.")]
+PackedFormat = Annotated[
+    str | None, typer.Option("--format", help="Pack the weights as they are read: int8, w8a8, int4 or nf4.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 

@@ -1,8 +1,8 @@
 """Models whose weights stay packed: as their files hold them (`StoredWeights`), or packed as they are read (`PackAll`).
 
 A linear layer stays packed where its file holds codes and scales in a form that `layers.packing` knows:
-compressed-tensors' int-quantized, pack-quantized and float-quantized. What the files hold decides, not the patterns in
-their config: those may be any regular expression. Shapes: R outputs, K inputs.
+compressed-tensors' int-quantized, pack-quantized and float-quantized, bitsandbytes' NF4 without nested scales. What the
+files hold decides, not the patterns in their config: those may be any regular expression.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,16 @@ from brim.models import ModelSpec
 from brim.models.quiet import quiet_transformers
 from brim.models.skeleton import DTYPES, skeleton
 from brim.models.spec import TensorSpec
+from brim.numerics.formats import FORMATS as NUMBER_FORMATS
 
 FORMATS = ("int8", "w8a8", "int4", "nf4")
 """What weights can be packed in as they are read."""
+NF4_BLOCK = NUMBER_FORMATS["nf4"].block
 _GROUPS = (128, 64, 32)
-_RENAMED = {"weight_scale": "scale", "weight_packed": "weight"}
+_RENAMED = {
+    "weight_scale": "scale", "weight_packed": "weight", "weight.absmax": "absmax", "weight.quant_map": "code",
+}  # fmt: skip
+_SCALES = (".weight_scale", ".weight.absmax")
 
 
 class StoredWeights:
@@ -175,7 +180,7 @@ def stored_packings(spec: ModelSpec) -> dict[str, Packing] | None:
     or one that stays packed in no module of ours.
     """
     tensors = {tensor.name: tensor for tensor in spec.tensors}
-    scales = {name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")}
+    scales = {name.removesuffix("_scale").removesuffix(".absmax") for name in tensors if name.endswith(_SCALES)}
     if not scales:
         return None
     with torch.device("meta"), quiet_transformers():
@@ -197,7 +202,11 @@ def stored_packings(spec: ModelSpec) -> dict[str, Packing] | None:
 
 def _packing_in_file(weight: str, tensors: Mapping[str, TensorSpec], module: nn.Linear) -> Packing | None:
     rows, inputs = module.out_features, module.in_features
-    scale, whole, words = (tensors.get(weight + end) for end in ("_scale", "", "_packed"))
+    scale, whole, words, absmax = (tensors.get(weight + end) for end in ("_scale", "", "_packed", ".absmax"))
+    if absmax is not None and whole is not None:
+        is_nf4 = f"{weight}.quant_state.bitsandbytes__nf4" in tensors and f"{weight}.nested_absmax" not in tensors
+        fits = whole.nbytes == rows * inputs // 2 and absmax.shape == (rows * inputs // NF4_BLOCK,)
+        return Nf4(nested=False) if is_nf4 and fits else None
     if scale is None or len(scale.shape) != 2 or scale.shape[0] != rows or inputs % max(1, scale.shape[1]):
         return None
     if f"{weight}_zero_point" in tensors or f"{weight}_g_idx" in tensors:

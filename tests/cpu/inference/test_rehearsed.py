@@ -1,11 +1,14 @@
 """Inference rehearsed on fake tensors against real runs, the whole loop, and the closed form of a cache."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from brim.checkpoints.convert import quantize
 from brim.cli import main
 from brim.hardware import find
 from brim.inference.generate import write
@@ -13,6 +16,7 @@ from brim.inference.rehearsed import Written, rehearse_writing
 from brim.memory.constants import context_bytes
 from brim.memory.measured import CpuMeter
 from brim.models import ModelSpec, describe
+from brim.numerics.granularity import PerGroup
 from brim.recipe import Recipe, Writing
 from brim.rehearsal import rehearse_inference, writer
 
@@ -132,6 +136,16 @@ def test_adapters_are_counted() -> None:
     adapted = recipe.with_settings(["method=lora", 'lora.targets=["q_proj"]', "lora.rank=4"])
     bare, more = (weights_line(spec, chosen, writing) for chosen in (recipe, adapted))
     assert more - bare == 3 * 4 * (128 + 128) * 4
+
+
+@pytest.mark.parametrize("to", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("context", [1, 60])
+def test_a_packed_models_peak(to: str, context: int, tiny_directory: Callable[[str], Path], tmp_path: Path) -> None:
+    """Files that hold packed weights: the modules and kernels that run are those rehearsed, and peak alike."""
+    quantize(tiny_directory("llama-wide"), tmp_path / to, to=to, granularity=PerGroup(32) if to == "int4" else None)
+    spec, writing = describe(str(tmp_path / to)), Writing(context=context, new_tokens=8, batch_size=2)
+    peak = rehearsed(spec, writing, dtype="bf16").trace.peak_bytes
+    assert peak == pytest.approx(measured_peak(spec, writing, dtype="bf16"), rel=TOLERANCE)
 
 
 def test_the_command_line_predicts_inference(capsys: pytest.CaptureFixture[str]) -> None:
