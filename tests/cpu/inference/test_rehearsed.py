@@ -139,9 +139,12 @@ def test_adapters_are_counted() -> None:
 
 
 @pytest.mark.parametrize("to", ["int8", "int4", "fp8"])
-@pytest.mark.parametrize("context", [1, 60])
+@pytest.mark.parametrize("context", [20, 60])
 def test_a_packed_models_peak(to: str, context: int, tiny_directory: Callable[[str], Path], tmp_path: Path) -> None:
-    """Files that hold packed weights: the modules and kernels that run are those rehearsed, and peak alike."""
+    """Files that hold packed weights: the modules and kernels that run are those rehearsed, and peak alike.
+
+    Not from one token: the peak is then a BF16 temporary inside one operator (`rehearsal.ERROR_BAND`).
+    """
     quantize(tiny_directory("llama-wide"), tmp_path / to, to=to, granularity=PerGroup(32) if to == "int4" else None)
     spec, writing = describe(str(tmp_path / to)), Writing(context=context, new_tokens=8, batch_size=2)
     peak = rehearsed(spec, writing, dtype="bf16").trace.peak_bytes
