@@ -144,7 +144,7 @@ def _by_module(spec: ModelSpec, recipe: Recipe, device: Device) -> tuple[ModuleR
 def _draw(path: Path | None, prediction: Prediction, trace: "Trace | None", *, budget_bytes: int | None) -> None:
     picture.draw(
         path,
-        title=f"{prediction.model} on {prediction.device_name}",
+        title=f"{prediction.model} on {_place(prediction)}",
         bars={"predicted": prediction.ledger},
         budget_bytes=budget_bytes,
         trace=trace,
@@ -195,9 +195,20 @@ def _trace(
     return trace
 
 
+def _place(prediction: Prediction) -> str:
+    """The device; of several the busiest, and what they share."""
+    parallel = prediction.recipe["parallel"]
+    count = parallel["nodes"] * parallel["devices_per_node"]
+    if count == 1:
+        return prediction.device_name
+    tensor = [f"tensor {parallel['tensor']}"] if parallel["tensor"] > 1 else []
+    shared = [parallel["sharding"]] if parallel["sharding"] != "none" else []
+    return f"{prediction.device_name}, the busiest of {count} ({' x '.join([*shared, *tensor])})"
+
+
 def show(prediction: Prediction) -> None:
     """The ledger as a table, largest line first, and what it means."""
-    table = Table(title=f"{prediction.model} on {prediction.device_name}", title_justify="left")
+    table = Table(title=f"{prediction.model} on {_place(prediction)}", title_justify="left")
     table.add_column("owner")
     table.add_column("at the peak", justify="right")
     table.add_column("share", justify="right")
