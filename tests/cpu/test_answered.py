@@ -31,7 +31,7 @@ def test_the_second_answer_is_the_first(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_a_kept_answer_needs_no_torch(tmp_path: Path) -> None:
-    """A process that finds its answer prints what the first did, and has not imported torch."""
+    """A process that finds its answer prints what the first did, without importing torch; neither prints warnings."""
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     first, second = (
         subprocess.run([sys.executable, "-c", _AGAIN], env=environment, capture_output=True, text=True, check=False)
@@ -39,3 +39,4 @@ def test_a_kept_answer_needs_no_torch(tmp_path: Path) -> None:
     )
     assert (first.returncode, second.returncode) == (1, 0), second.stderr
     assert json.loads(second.stdout) == json.loads(first.stdout)
+    assert (first.stderr, second.stderr) == ("", "")

@@ -13,3 +13,6 @@ def quiet_torch() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # bitsandbytes 0.50.2 warns at import, on CPUs with AVX512-BF16, of a kernel for inference that Brim does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # torchao 0.18, which PEFT imports, warns of kernels for GPUs and of what torch 2.13 deprecates.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
