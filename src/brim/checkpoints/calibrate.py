@@ -74,7 +74,7 @@ def calibrate(
     """
     stored = {tensor.spec.name: tensor for tensor in stored_tensors(source)}
     decoder = BlockwiseDecoder(spec, stored)
-    tokens_NT = _sequences(source, text, limit=decoder.max_tokens)
+    tokens_NT = sequences(source, text, limit=decoder.max_tokens)
     identity = _identity(job, tokens_NT, stored.values())
     if resume and (earlier := found(place)) and earlier.identity == identity:
         return earlier
@@ -92,7 +92,7 @@ def calibrate(
     return Decisions(place)
 
 
-def _sequences(source: Path, text: CalibrationText, *, limit: int) -> Tensor:
+def sequences(source: Path, text: CalibrationText, *, limit: int = SEQUENCE_TOKENS) -> Tensor:
     """(N, T) of the text's beginning. Raises DataError where it is too short."""
     length = min(SEQUENCE_TOKENS, limit)
     with quiet_transformers():

@@ -21,6 +21,7 @@ from brim.checkpoints.job import Job, as_json, plan_job
 from brim.checkpoints.journal import NAME as JOURNAL
 from brim.checkpoints.journal import Done, Journal, has_chunks, identity_in
 from brim.checkpoints.layouts import gguf
+from brim.checkpoints.mixture import NO_MIXTURE, Mixture
 from brim.checkpoints.pickled import pickled_tensors
 from brim.checkpoints.statistics import Statistics
 from brim.checkpoints.stream import CHUNK_BLOCKS, Chunk, Places, chunks_of, convert, count_workers, look_through, verify
@@ -49,6 +50,7 @@ def quantize(
     layout: Family | None = None,
     scales: ScaleChoice = "absmax",
     calibration: CalibrationText | None = None,
+    mixture: Mixture = NO_MIXTURE,
     unpickle: bool = False,
     memory_bytes: int = MEMORY_BYTES,
     resume: bool = False,
@@ -59,8 +61,8 @@ def quantize(
     weights as INT8, INT4 or FP8 (compressed-tensors), INT8 or NF4 (bitsandbytes), or all of it in one GGUF file;
     tokenizer, generation settings and licences go along. `layout` None: the format's default. `granularity` is that of
     integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen; `calibration` is the
-    text that "calibrated" needs, and what that decides is kept beside the output until it is done. `unpickle` reads the
-    weights from PyTorch's .bin files.
+    text that "calibrated" needs, and what that decides is kept beside the output until it is done. `mixture` says which
+    linear weights get another of these integers, or stay. `unpickle` reads the weights from PyTorch's .bin files.
 
     Takes at most `memory_bytes` beside what the interpreter has. `progress` counts bytes read from the source and back
     from the output. The output appears whole or not at all. With `resume`, what a killed run did is not done again,
@@ -73,7 +75,7 @@ def quantize(
     check_output(output, source=source)
     spec, stored = _read(source, unpickle)
     _check_calibration(scales, calibration, unpickle)
-    job = plan_job(source, spec, stored, to, granularity=granularity, layout=layout, scales=scales)
+    job = plan_job(source, spec, stored, to, granularity=granularity, layout=layout, scales=scales, mixture=mixture)
     place, partial = output.absolute(), partial_of(output.absolute())
     with _full_disk(output), alone(place), _decisions_removed(place):
         if calibration is not None:
@@ -125,6 +127,7 @@ def audit(
     granularity: Granularity | None = None,
     layout: Family | None = None,
     scales: ScaleChoice = "absmax",
+    mixture: Mixture = NO_MIXTURE,
     unpickle: bool = False,
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress = no_progress,
@@ -135,7 +138,8 @@ def audit(
     """
     if scales == "calibrated":
         raise UsageError("--audit looks at weights alone; leave --scales calibrated away, or use --scales mse")
-    job = plan_job(source, *_read(source, unpickle), to, granularity=granularity, layout=layout, scales=scales)
+    spec, stored = _read(source, unpickle)
+    job = plan_job(source, spec, stored, to, granularity=granularity, layout=layout, scales=scales, mixture=mixture)
     workers = count_workers(job.conversions, memory_bytes=memory_bytes)
     chunks = tuple(chunk for conversion in job.conversions for chunk in chunks_of(conversion))
     collected = _Collected(job, progress, read_back=False)

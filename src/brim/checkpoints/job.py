@@ -14,6 +14,7 @@ from brim.checkpoints.gguf_rows import plan_gguf
 from brim.checkpoints.integer_rows import encode_rows
 from brim.checkpoints.layouts import bitsandbytes, float_quantized, gguf, int_quantized, pack_quantized, plain, torchao
 from brim.checkpoints.linears import find_linears
+from brim.checkpoints.mixture import KEPT, MIXED, NO_MIXTURE, Mixture
 from brim.checkpoints.packed_rows import WORK_BYTES, encode_packed
 from brim.checkpoints.searched_rows import WORK_BYTES as SEARCH_WORK_BYTES
 from brim.checkpoints.searched_rows import encode_searched, unpacked
@@ -53,6 +54,7 @@ def plan_job(
     granularity: Granularity | None = None,
     layout: Family | None = None,
     scales: ScaleChoice = "absmax",
+    mixture: Mixture = NO_MIXTURE,
 ) -> Job:
     """Raises UsageError for a source that is quantized already, in which nothing would change, or whose rows the
     granularity does not suit (None: INT8 by channel, INT4 by groups of 32), a layout that does not hold the format."""
@@ -61,8 +63,9 @@ def plan_job(
         raise UsageError(f"{source} has a config.json but no weights; copy its safetensors files beside it")
     _check_unquantized(source, config, stored)
     family = checked_layout(to, layout)
-    granularity = _checked_granularity(to, granularity)
+    given, granularity = granularity, _checked_granularity(to, granularity)
     _check_scales(to, scales)
+    _check_mixture(to, family, mixture)
     metadata: dict[str, str] = {}
     if family in ("bitsandbytes", "torchao") and (scales != "absmax" or isinstance(granularity, PerGroup)):
         raise UsageError(f"{family}'s INT8 has absmax scales by channel here; leave --scales and --granularity away")
@@ -76,7 +79,7 @@ def plan_job(
         conversions, config, metadata = _to_torchao(spec, stored, config)
         name = torchao.LAYOUT
     elif granularity is not None:
-        conversions, config, name = _to_integers(spec, stored, config, to, granularity, scales)
+        conversions, config, name = _to_integers(spec, stored, config, to, granularity, scales, mixture, given)
     else:
         conversions = tuple(_to_float(tensor, to) for tensor in stored)
         config, name = plain.config(config, to=to), "plain"
@@ -86,7 +89,7 @@ def plan_job(
     texts = {CONFIG: as_json(config)}
     if index := index_of(files):
         texts[INDEX] = as_json(index)
-    return Job(conversions, files, texts, name, settings=f"{to} {name} {granularity} {scales}")
+    return Job(conversions, files, texts, name, settings=f"{to} {name} {granularity} {scales} {mixture}")
 
 
 def _checked_granularity(to: Target, granularity: Granularity | None) -> Granularity | None:
@@ -106,6 +109,14 @@ def _check_scales(to: Target, scales: ScaleChoice) -> None:
         raise UsageError(f"--scales {scales} is for integers, and --to is {to}; leave it away, or use int8 or int4")
 
 
+def _check_mixture(to: Target, family: Family, mixture: Mixture) -> None:
+    if mixture and (family != "compressed-tensors" or to not in MIXED):
+        raise UsageError(
+            f"--keep, --format and --budget are for {' and '.join(MIXED)} of compressed-tensors; leave them out, or "
+            f"use --to {MIXED[-1]}"
+        )
+
+
 def _to_integers(
     spec: ModelSpec,
     stored: Sequence[StoredTensor],
@@ -113,8 +124,11 @@ def _to_integers(
     to: str,
     granularity: Granularity,
     scales: ScaleChoice,
+    mixture: Mixture,
+    given: Granularity | None,
 ) -> tuple[tuple[Conversion, ...], dict[str, Any], str]:
-    """Conversions, config.json and layout: of INT8 by channel the one that most readers know."""
+    """Conversions, config.json and layout: of INT8 by channel alone the one that most readers know. `given` is the
+    granularity that was asked for, of all formats of a mixture."""
     linears = find_linears(spec, tensors=[tensor.spec.name for tensor in stored if _is_float_matrix(tensor.spec)])
     if to == "fp8":
         if not isinstance(granularity, PerChannel):
@@ -123,13 +137,37 @@ def _to_integers(
             _to_fp8(tensor) if tensor.spec.name in linears.weights else keep(tensor) for tensor in stored
         )
         return conversions, float_quantized.config(config, ignore=linears.left_alone), float_quantized.LAYOUT
-    by_row = to == "int8" and isinstance(granularity, PerChannel)
-    convert = partial(_to_int8 if by_row else _to_packed, to=to, granularity=granularity, scales=scales)
-    conversions = tuple(convert(tensor) if tensor.spec.name in linears.weights else keep(tensor) for tensor in stored)
+    assigned = mixture.assigned(linears.weights, to=to)
+    shared = {name: granularity if name == to else given or default for name, default in _DEFAULT_GRANULARITY.items()}
+    formats = sorted(set(assigned.values()) - {KEPT})
+    by_row = formats == ["int8"] and isinstance(shared["int8"], PerChannel)
+    convert = _to_int8 if by_row else _to_packed
+    conversions = tuple(
+        keep(tensor)
+        if (format := assigned.get(tensor.spec.name, KEPT)) == KEPT
+        else convert(tensor, to=format, granularity=shared[format], scales=scales)
+        for tensor in stored
+    )
+    kept = [linears.modules[name] for name, format in assigned.items() if format == KEPT]
+    left_alone = sorted([*linears.left_alone, *kept])
     if by_row:
-        return conversions, int_quantized.config(config, ignore=linears.left_alone), int_quantized.LAYOUT
-    strategy = f"group:{granularity.size}" if isinstance(granularity, PerGroup) else "channel"
-    settings = pack_quantized.config(bits=FORMATS[to].element_bits, granularity=strategy, ignore=linears.left_alone)
+        return conversions, int_quantized.config(config, ignore=left_alone), int_quantized.LAYOUT
+    if len(formats) > 1 and spec.is_encoder_decoder:
+        raise UsageError(
+            f"{spec.name}: transformers reads {' beside '.join(formats)} in decoders alone; {spec.model_type} is an "
+            "encoder with a decoder; use one format, with --keep if need be"
+        )
+    groups = [
+        pack_quantized.Group(
+            FORMATS[format].element_bits,
+            f"group:{how.size}" if isinstance(how := shared[format], PerGroup) else "channel",
+            tuple(sorted(linears.modules[name] for name in assigned if assigned[name] == format))
+            if len(formats) > 1
+            else ("Linear",),
+        )
+        for format in formats
+    ]
+    settings = pack_quantized.config_of(groups, ignore=left_alone)
     return conversions, dict(config) | {"quantization_config": settings}, pack_quantized.LAYOUT
 
 

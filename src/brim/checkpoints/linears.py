@@ -1,7 +1,8 @@
 """Which tensors of a model are weights of linear layers: asked of the model's modules, not of its tensors' names."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ class Linears(NamedTuple):
     """Names in the model of the linear modules that keep their format: the head, and those without a tensor here."""
     transposed: frozenset[str] = frozenset()
     """Names in the file of the weights of Conv1D modules (GPT-2), linear ones whose weights lie transposed."""
+    modules: Mapping[str, str] = MappingProxyType({})
+    """Name in the file of a weight to quantize -> name in the model of its module."""
 
 
 def find_linears(
@@ -58,7 +61,8 @@ def find_linears(
     }
     transposed = frozenset(weight for name, weight in wanted.items() if isinstance(linears[name], Conv1D))
     left_alone = tuple(sorted(linears.keys() - wanted.keys()))
-    return Linears(frozenset(wanted.values()) - transposed, left_alone, transposed)
+    modules_of = {weight: name for name, weight in wanted.items()}
+    return Linears(frozenset(wanted.values()) - transposed, left_alone, transposed, modules_of)
 
 
 def _inputs(module: nn.Linear | Conv1D) -> int:

