@@ -101,7 +101,15 @@ def _added(weight: Tensor, adapters: list[LoraLayer]) -> Tensor:
         for layer in adapters:
             for adapter in layer.active_adapters:
                 total += _delta(layer, adapter)
+                if adapter in layer.lora_magnitude_vector:
+                    _set_lengths(total, layer.lora_magnitude_vector[adapter].weight, turned=layer.fan_in_fan_out)
     return total.to(weight.dtype)
+
+
+def _set_lengths(total: Tensor, lengths_R: Tensor, *, turned: bool) -> None:
+    """DoRA: each output has the length that was learned, whatever the sum's is."""
+    total_RK = total.T if turned else total
+    total_RK *= (lengths_R.float() / torch.linalg.vector_norm(total_RK, dim=1)).unsqueeze(1)
 
 
 def _delta(layer: LoraLayer, adapter: str) -> Tensor:
@@ -114,7 +122,7 @@ def _delta(layer: LoraLayer, adapter: str) -> Tensor:
 
 def _unpacked(layer: PackedLinear, adapters: list[LoraLayer]) -> Tensor:
     weight_RK = _added(layer.unpacked(), adapters)
-    return weight_RK.T if layer.transposed else weight_RK
+    return weight_RK.T.contiguous() if layer.transposed else weight_RK
 
 
 def _experts(experts: PackedExperts, name: str, shape: tuple[int, ...]) -> Tensor:

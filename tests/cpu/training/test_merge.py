@@ -57,17 +57,19 @@ def logits(model: Any, family: str) -> torch.Tensor:
         ("llama", {"method": "lora"}),
         ("gpt2", {"method": "lora"}),
         ("t5", {"method": "lora"}),
+        ("llama", {"method": "lora", "lora": Lora(rank=4, dora=True)}),
+        ("gpt2", {"method": "lora", "lora": Lora(rank=4, dora=True, rslora=True)}),
         ("llama", {"method": "qlora", "precision": NF4}),
         ("gpt2", {"method": "qlora", "precision": INT8}),
         ("t5", {"method": "qlora", "precision": NF4}),
     ],
-    ids=["llama", "gpt2", "t5", "llama nf4", "gpt2 int8", "t5 nf4"],
+    ids=["llama", "gpt2", "t5", "llama dora", "gpt2 dora", "llama nf4", "gpt2 int8", "t5 nf4"],
 )
 def test_transformers_loads_the_trained_model(
     family: str, settings: dict[str, Any], make_recipe: MakeRecipe, make_workload: MakeWorkload, tmp_path: Path
 ) -> None:
     """Every tensor is found and none is left over; logits are those of the trained model, within FP32's rounding."""
-    workload = trained(make_recipe(family, lora=Lora(rank=4), **settings), make_workload)
+    workload = trained(make_recipe(family, **{"lora": Lora(rank=4), **settings}), make_workload)
     assert isinstance(workload.model, PeftModel)
     expected = logits(workload.model, family)
     write_merged(workload.model, tmp_path)
