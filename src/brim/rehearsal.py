@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from brim.errors import RecipeError
@@ -27,13 +28,16 @@ from brim.models import ModelSpec
 from brim.models.series import Series, series
 from brim.models.skeleton import DTYPES, skeleton
 from brim.recipe import Recipe, Writing
-from brim.report import Inference, Ledger, ModuleRow, Peak, Prediction
+from brim.report import Inference, Ledger, ModuleRow, Moment, Peak, Prediction
 from brim.speed import step_time, writing_time
 from brim.speed.bands import GPU_OPERATORS, OPERATORS, roofline_basis, time_range
 from brim.speed.operators import OperatorMeter, StepWork, continued_work, gpu_seconds
 from brim.training.adapters import add_lora
-from brim.training.batches import synthetic_batch
-from brim.training.build import base_model, build
+from brim.training.batches import Batch, synthetic_batch
+from brim.training.build import Workload, base_model, build
+from brim.training.checkpoint import kept, wrong_weight
+from brim.training.evaluation import loss_over
+from brim.training.merge import merged_tensors
 from brim.training.ranks import group_sizes, imagined_ranks
 from brim.training.step import train_step
 
@@ -52,7 +56,8 @@ def rehearse(
     `risk`: the share of published runs that may lie above the upper bound of a GPU's peak.
     """
     meter = OperatorMeter()
-    peak, ledger = peak_on(device, rehearse_trace(spec, recipe, device=device, operators=meter), recipe)
+    trace = rehearse_trace(spec, recipe, device=device, operators=meter, whole_run=True)
+    peak, ledger = peak_on(device, trace, recipe)
     seconds, basis = _step_time(spec, recipe, device, meter.work)
     return Prediction(
         model=spec.name,
@@ -68,6 +73,7 @@ def rehearse(
         method="rehearsal",
         error_band=ERROR_BAND if device.kind == "cpu" else gpu_band(recipe, risk=risk),
         reasons=(*recipe.warnings(), *_offload_in_vain(recipe, device)),
+        moments=_moments_on(device, trace),
     )
 
 
@@ -84,6 +90,11 @@ def _offload_in_vain(recipe: Recipe, device: Device) -> list[str]:
     if device.kind == "cpu" and recipe.memory.offload != "none":
         return ["memory.offload saves nothing on a CPU, whose memory is the host's: it costs a copy of the weights"]
     return []
+
+
+def _moments_on(device: Device, trace: Trace) -> tuple[Moment, ...]:
+    peaks = trace.moment_peaks() if device.kind == "cpu" else replay(trace).moments
+    return tuple(Moment(name=name, allocated_bytes=nbytes) for name, nbytes in peaks)
 
 
 def peak_on(device: Device, trace: Trace, recipe: Recipe) -> tuple[Peak, Ledger]:
@@ -121,17 +132,20 @@ def rehearse_trace(
     device: Device | None = None,
     operators: OperatorMeter | None = None,
     by_module: bool = False,
+    whole_run: bool = False,
 ) -> Trace:
     """Every allocation and free of the build and of `steps` optimizer steps, by owner.
 
     None as the device: a CPU. `operators` hears of the last step's operators. `by_module`: blocks know their module,
-    for which every block is run.
+    for which every block is run. `whole_run`: what else a run does follows the steps (`_conclude`).
     """
     if not by_module and goes_block_by_block(recipe) and (shorter := series(spec, task=recipe.task)):
-        spliced = splice(shorter, recipe, steps=steps, device=device, operators=operators)
+        spliced = splice(shorter, recipe, steps=steps, device=device, operators=operators, whole_run=whole_run)
         if spliced is not None:
             return spliced
-    return whole_trace(spec, recipe, steps=steps, device=device, operators=operators, by_module=by_module)
+    return whole_trace(
+        spec, recipe, steps=steps, device=device, operators=operators, by_module=by_module, whole_run=whole_run
+    )
 
 
 def splice(
@@ -141,6 +155,7 @@ def splice(
     steps: int = 2,
     device: Device | None = None,
     operators: OperatorMeter | None = None,
+    whole_run: bool = False,
 ) -> Trace | None:
     """The whole model's trace from short ones, and its operators; None where these do not show it."""
     traces, works = list[Trace](), list[StepWork]()
@@ -148,7 +163,7 @@ def splice(
         if more == 0 and recipe.parallel.sharding != "none":
             continue  # a sharded block gathers the next one ahead: a model of one block is unlike the rest
         meter = None if operators is None else OperatorMeter()
-        traces.append(whole_trace(spec, recipe, steps=steps, device=device, operators=meter))
+        traces.append(whole_trace(spec, recipe, steps=steps, device=device, operators=meter, whole_run=whole_run))
         works.append(StepWork() if meter is None else meter.work)
         if len(traces) < 3:
             continue
@@ -191,6 +206,7 @@ def whole_trace(
     device: Device | None = None,
     operators: OperatorMeter | None = None,
     by_module: bool = False,
+    whole_run: bool = False,
 ) -> Trace:
     """`rehearse_trace` with every block run."""
     synthetic = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
@@ -204,27 +220,50 @@ def whole_trace(
             stack.enter_context(cuda_kernels(device, world.meter))
             if recipe.memory.offload != "none":
                 world.meter.trace.host = Trace()
+        trace = world.meter.trace
         workload = build(recipe, spec, ranks=ranks)
         if ranks.mesh is not None:
             world.meter.trace.forget_past()  # real weights are divided while they are read, and never whole
+        trace.begin("loading")  # from when all is there: until then, files are mapped, whose pages are the system's
         batches = [batch.mapped(world.bring) for batch in synthetic]
         world.meter.after = operators
         watch = ModuleWatch(world.meter, workload.base)
         if by_module:
             stack.enter_context(watch.watching())
             stack.enter_context(owners.listening(watch))
-        for _ in range(steps):
+        for step in range(steps):
+            if step < 2:
+                trace.begin("later steps" if step else "first step")
             if operators is not None:
                 operators.start()
             train_step(workload, batches, learning_rate=recipe.optimizer.learning_rate)
         if by_module:
             watch.tag_lasting(workload.optimizer.tensors_of)
-        return world.meter.trace
+        if whole_run and ranks.count == 1:
+            world.meter.after = None
+            _conclude(workload, batches, trace)
+        return trace
+
+
+def _conclude(workload: Workload, batches: Sequence[Batch], trace: Trace) -> None:
+    """What a run of one process does after its steps: evaluation, a checkpoint, and an adapter merged."""
+    trace.begin("evaluation")
+    loss_over(workload, batches[:1])
+    trace.begin("saving")
+    wrong_weight(workload)
+    kept(workload)
+    if isinstance(workload.model, PeftModel):
+        trace.begin("merging")
+        tensors = list(merged_tensors(workload.model))
+        for kind in (True, False):  # one by one, so that the largest of a kind takes the most
+            alike = [tensor for tensor in tensors if tensor.is_adapted == kind]
+            if alike:
+                max(alike, key=lambda tensor: tensor.spec.nbytes).make()
 
 
 def rehearse_modules(spec: ModelSpec, recipe: Recipe, *, device: Device) -> tuple[ModuleRow, ...]:
     """Bytes by module at the peak, the largest first; together the prediction's ledger. The whole model is run."""
-    trace = rehearse_trace(spec, recipe, device=device, by_module=True)
+    trace = rehearse_trace(spec, recipe, device=device, by_module=True, whole_run=True)
     _, ledger, index = _peak_on(device, trace, recipe)
     return rows_at(trace, index, ledger)
 

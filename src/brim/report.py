@@ -86,6 +86,18 @@ class Inference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """A part of a run that may surprise, and its own peak."""
+
+    name: str
+    """loading, first step, later steps, evaluation, saving, merging."""
+    allocated_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "allocated_bytes": self.allocated_bytes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What one recipe will take on one device, and how that was found out."""
 
@@ -113,6 +125,8 @@ class Prediction:
     """Why it does not fit, and warnings about the recipe."""
     inference: Inference | None = None
     """None: the recipe is trained."""
+    moments: tuple[Moment, ...] = ()
+    """In order; the highest is the allocated peak. Empty where nothing was rehearsed, or the model writes."""
 
     @property
     def fits(self) -> bool:
@@ -129,6 +143,7 @@ class Prediction:
             "device": {"name": self.device_name, "memory_bytes": self.budget_bytes},
             "peak": self.peak.to_dict(),
             "ledger": self.ledger.to_dict(),
+            **({"moments": [moment.to_dict() for moment in self.moments]} if self.moments else {}),
             "fits": self.fits,
             "step_time_s": self.step_time_s,
             "step_time_range_s": None if self.step_time_range_s is None else list(self.step_time_range_s),
@@ -158,6 +173,7 @@ class Prediction:
             step_time_basis=kept["step_time_basis"],
             reasons=tuple(kept["reasons"]),
             inference=None if asked is None else Inference(**asked),
+            moments=tuple(Moment(**moment) for moment in kept.get("moments", ())),
         )
 
 

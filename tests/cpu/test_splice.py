@@ -81,13 +81,14 @@ def test_a_spliced_trace_is_the_whole_trace(name: str, depth: int, settings: tup
     shorter = series(spec, task=spec.task)
     assert shorter is not None
     few, all_of_them = OperatorMeter(), OperatorMeter()
-    spliced = splice(shorter, recipe, device=gpu, operators=few)
+    spliced = splice(shorter, recipe, device=gpu, operators=few, whole_run=True)
     assert spliced is not None
-    whole = whole_trace(spec, recipe, device=gpu, operators=all_of_them)
+    whole = whole_trace(spec, recipe, device=gpu, operators=all_of_them, whole_run=True)
     assert few.work == all_of_them.work
     assert events(spliced) == events(whole)
     assert spliced.peak_bytes == whole.peak_bytes
     assert spliced.peak_ledger() == whole.peak_ledger()
+    assert spliced.moment_peaks() == whole.moment_peaks()
     assert replay(spliced) == replay(whole)
     assert (spliced.host is None) == (whole.host is None)
     if spliced.host is not None and whole.host is not None:

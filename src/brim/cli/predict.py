@@ -223,6 +223,10 @@ def show(prediction: Prediction) -> None:
     for name, peak in prediction.peak.to_dict().items():
         if peak is not None:
             table.add_row(f"peak {name.removesuffix('_bytes')}", units.format_bytes(peak), f"{peak:,} B")
+    if prediction.moments:
+        table.add_section()
+    for moment in prediction.moments:
+        table.add_row(f"in {moment.name}", units.format_bytes(moment.allocated_bytes), f"{moment.allocated_bytes:,} B")
     console.out.print(table)
     asked = prediction.inference
     if asked is not None:

@@ -206,6 +206,8 @@ class Reserved:
     peak_index: int
     """Events of the trace up to the moment of the allocated peak."""
     num_retries: int
+    moments: tuple[tuple[str, int], ...] = ()
+    """The allocated peak of each of the trace's moments."""
 
 
 def replay(trace: Trace, *, expandable_segments: bool = False, limit_bytes: int | None = None) -> Reserved:
@@ -213,13 +215,18 @@ def replay(trace: Trace, *, expandable_segments: bool = False, limit_bytes: int 
     allocator = CachingAllocator(expandable_segments=expandable_segments, limit_bytes=limit_bytes)
     held: dict[int, Block] = {}
     peak = peak_index = 0
+    moments = list[int]()
     for index, (allocated, traced) in enumerate(trace.events, start=1):
+        while len(moments) < len(trace.moments) and trace.moments[len(moments)][1] < index:
+            moments.append(allocator.allocated_bytes)
         if not traced.nbytes:
             continue
         if allocated:
             held[id(traced)] = allocator.malloc(traced.nbytes)
             if allocator.allocated_bytes > peak:
                 peak, peak_index = allocator.allocated_bytes, index
+            if moments:
+                moments[-1] = max(moments[-1], allocator.allocated_bytes)
         else:
             allocator.free(held.pop(id(traced)))
     return Reserved(
@@ -227,6 +234,7 @@ def replay(trace: Trace, *, expandable_segments: bool = False, limit_bytes: int 
         reserved_bytes=allocator.peak_reserved_bytes,
         peak_index=peak_index,
         num_retries=allocator.num_retries,
+        moments=tuple(zip((name for name, _ in trace.moments), moments, strict=False)),
     )
 
 

@@ -59,14 +59,31 @@ def continued(traces: tuple[Trace, Trace, Trace], *, times: int) -> Trace | None
     if ranks is None:
         return None
     trace, living = Trace(), defaultdict[_Kind, list[Block]](list)
-    for step in _order(stretches, times):
+    moments = list(_moments(traces[1], stretches, times))
+    for index, step in enumerate(_order(stretches, times)):
+        while moments and moments[0][1] <= index:
+            trace.begin(moments.pop(0)[0])
         allocated, kind = pattern[step]
         if allocated:
             nbytes, growth, line = kind
             living[kind].append(trace.allocate(nbytes + times * growth, line))
         else:
             trace.free(living[kind].pop(ranks[step]))
+    for name, _ in moments:
+        trace.begin(name)
     return trace
+
+
+def _moments(trace: Trace, stretches: Sequence[_Stretch], times: int) -> Iterator[tuple[str, int]]:
+    """The second trace's moments, and where they begin in the continued one: after what is repeated before them."""
+    for name, place in trace.moments:
+        start = 0
+        for stretch in stretches:
+            offset = min(place - stretch.start[1], stretch.length)
+            if offset <= 0:
+                break
+            start += offset + (stretch.length * (times - 1) if stretch.repeats else 0)
+        yield name, start
 
 
 def ordered(trace: Trace) -> list[_Event]:

@@ -28,6 +28,8 @@ class Trace:
         self.peak_bytes = 0
         self.host: Trace | None = None
         """What is meanwhile in the host's memory, where that is not the device's and something is offloaded."""
+        self.moments: list[tuple[str, int]] = []
+        """Parts of a run by name, each with the number of events before it."""
         self._events: list[tuple[bool, Block]] = []
         self._peak_index = 0
 
@@ -48,6 +50,24 @@ class Trace:
             self._events.append((False, block))
         self.live_bytes -= block.nbytes
         assert self.live_bytes >= 0, "more was freed than allocated"
+
+    def begin(self, moment: str) -> None:
+        """What happens from here on is this part of the run."""
+        self.moments.append((moment, len(self._events)))
+
+    def moment_peaks(self) -> list[tuple[str, int]]:
+        """Each moment's highest live bytes; what lives when it begins counts."""
+        peaks, live, done = list[tuple[str, int]](), 0, 0
+        ends = [start for _, start in self.moments[1:]] + [len(self._events)]
+        for (name, start), end in zip(self.moments, ends, strict=True):
+            live += sum(block.nbytes if allocated else -block.nbytes for allocated, block in self._events[done:start])
+            highest = live
+            for allocated, block in self._events[start:end]:
+                live += block.nbytes if allocated else -block.nbytes
+                highest = max(highest, live)
+            peaks.append((name, highest))
+            done = end
+        return peaks
 
     @property
     def events(self) -> Sequence[tuple[bool, Block]]:
@@ -86,6 +106,7 @@ class Trace:
         self._events = [(True, block) for block in alive.values()]
         self._peak_index = len(self._events)
         self.peak_bytes = self.live_bytes
+        self.moments.clear()
         assert sum(block.nbytes for block in alive.values()) == self.live_bytes
 
 

@@ -7,6 +7,7 @@ first rank that holds a part. They go on in the same number, which the recipe sa
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -87,12 +88,31 @@ def save_checkpoint(directory: Path, workload: Workload, progress: Progress, *, 
     return target
 
 
+def wrong_weight(workload: Workload) -> str:
+    """Name of a trained weight that is no number, on any rank; empty where all are."""
+    wrong = ""
+    for name, parameter in workload.trainable.items():
+        part = part_of(parameter.detach())
+        # Not by way of `abs`: a copy of the largest weight may be more than there is room for.
+        if part.numel() and not all(math.isfinite(end) for end in part.aminmax()):
+            wrong = wrong or name
+    # All ranks must know: those that went on would wait for this one.
+    return next((name for name in workload.ranks.told(wrong) if name), "")
+
+
+def kept(workload: Workload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a checkpoint holds, as it is and not copied: trained weights; the optimizer's state and all else."""
+    ranks = workload.ranks
+    trainable = _trainable(workload) if ranks.original == ranks.rank else {}
+    return trainable, _optimizer_state(workload, is_copy=_optimizer_rank(workload) != ranks.rank)
+
+
 def _write(workload: Workload, directory: Path) -> None:
     ranks = workload.ranks
+    trainable, rest = kept(workload)
     if ranks.original == ranks.rank:
-        save_file(_trainable(workload), directory / _file("trainable", ranks, ranks.rank))
-    is_copy = _optimizer_rank(workload) != ranks.rank
-    save_file(_optimizer_state(workload, is_copy=is_copy), directory / _file("optimizer", ranks, ranks.rank))
+        save_file(trainable, directory / _file("trainable", ranks, ranks.rank))
+    save_file(rest, directory / _file("optimizer", ranks, ranks.rank))
 
 
 def _optimizer_rank(workload: Workload) -> int:

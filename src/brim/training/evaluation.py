@@ -1,21 +1,28 @@
 """The loss on text that is not learned from."""
 
+from collections.abc import Sequence
+
 import torch
 
 from brim.memory import owners
+from brim.training.batches import Batch
 from brim.training.build import Workload
 from brim.training.data import DataSet
 from brim.training.step import batch_loss
 
 
 def mean_loss(workload: Workload, held: DataSet) -> float:
-    """Mean loss per target token over all of `held`, without dropout; model and random generators stay as they were.
+    """Mean loss per target token over all of `held`, in the recipe's micro-batches; see `loss_over`."""
+    return loss_over(workload, list(held.in_order(workload.recipe.micro_batch_size)))
+
+
+def loss_over(workload: Workload, batches: Sequence[Batch]) -> float:
+    """Mean loss per target token, without dropout; model and random generators stay as they were.
 
     Ranks take turns. Who has no batch in the last turn reads the first once more, since all must take part in gathering
     the weights, and does not count it.
     """
-    size, ranks = workload.recipe.micro_batch_size, workload.ranks
-    batches = list(held.in_order(size))
+    ranks = workload.ranks
     num_targets = sum(batch.num_targets for batch in batches)
     total = torch.zeros((), dtype=torch.float64, device=workload.device)
     workload.model.eval()

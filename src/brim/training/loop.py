@@ -28,14 +28,14 @@ from brim.recipe import Recipe
 from brim.report import Ledger, Measured, Peak, Prediction, RunReport
 from brim.training.adapters import save_adapter
 from brim.training.build import Workload, build
-from brim.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from brim.training.checkpoint import Progress, load_checkpoint, save_checkpoint, wrong_weight
 from brim.training.data import DataSet
 from brim.training.evaluation import mean_loss
 from brim.training.fake_quantized import save_integers
 from brim.training.merge import write_merged
 from brim.training.metrics import Metrics, StepRecord
 from brim.training.packing import check_apart
-from brim.training.parts import part_of, whole_state
+from brim.training.parts import whole_state
 from brim.training.ranks import ALONE, Ranks
 from brim.training.schedule import learning_rate
 from brim.training.step import train_step
@@ -277,17 +277,6 @@ def _check_weights(workload: Workload, step: int) -> None:
     """Raises UsageError when a gradient that was no number has reached the weights (the loss shows it a step later)."""
     if name := wrong_weight(workload):
         _check_number(math.nan, f"a weight of {name} after step {step}")
-
-
-def wrong_weight(workload: Workload) -> str:
-    """Name of a trained weight that is no number, on any rank; empty where all are."""
-    wrong = ""
-    for name, parameter in workload.trainable.items():
-        part = part_of(parameter.detach())
-        if part.numel() and not math.isfinite(part.abs().amax()):
-            wrong = wrong or name
-    # All ranks must know: those that went on would wait for this one.
-    return next((name for name in workload.ranks.told(wrong) if name), "")
 
 
 def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ class Merged:
 
     spec: TensorSpec
     make: Callable[[], Tensor]
+    is_adapted: bool
 
 
 def write_merged(model: PeftModel, directory: Path) -> None:
@@ -66,7 +67,8 @@ def merged_tensors(model: PeftModel) -> Iterator[Merged]:
         for name, shape, dtype, make in _tensors(module, adapters.get(module, []), seen):
             nbytes = torch.Size(shape).numel() * dtype.itemsize
             full = f"{owner}.{name}" if owner else name
-            yield Merged(spec=TensorSpec(name=full, shape=tuple(shape), dtype=_NAMES[dtype], nbytes=nbytes), make=make)
+            spec = TensorSpec(name=full, shape=tuple(shape), dtype=_NAMES[dtype], nbytes=nbytes)
+            yield Merged(spec=spec, make=make, is_adapted=module in adapters)
 
 
 _Parts = Iterator[tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]]
