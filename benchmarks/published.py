@@ -54,6 +54,10 @@ _DROPOUT = {
 }
 
 
+_FSDP1 = ("foundation-model-stack/fms-acceleration", "AnswerDotAI/fsdp_qlora")
+"""Through accelerate, and directly; both with reentrant checkpoints, which were the default."""
+
+
 class Missing(Exception):
     """The row cannot be expressed; the text says what is missing."""
 
@@ -161,9 +165,11 @@ def _parallel(row: Row) -> list[str]:
     plain = re.fullmatch(r"fsdp(\d+)( FULL_SHARD \(BACKWARD_PRE\)| full_shard| \(FSDP2\))?", text)
     if plain is None:
         raise Missing(f"sharding: {re.sub('[0-9]+', 'N', text)}")
-    if row["method"] != "full" and not row["method"].startswith("full ("):
-        raise Missing("sharding: adapters under FSDP1, where each is a unit of its own")
-    return ["parallel.sharding=zero3", f"parallel.devices_per_node={plain[1]}"]
+    settings = ["parallel.sharding=zero3", f"parallel.devices_per_node={plain[1]}"]
+    # Lightning's checkpoints are not reentrant, torchtitan and torchtune have FSDP2
+    if row["source_repo_or_paper"].startswith(_FSDP1):
+        settings.append("library.sharding=fsdp1")
+    return settings
 
 
 _BASES = {

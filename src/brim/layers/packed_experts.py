@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brim.layers.packed_linear import packed_product
+from brim.layers.packed_linear import codes_to_parameters, packed_product
 from brim.layers.packing import Packing, Tensors
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -79,10 +79,14 @@ class PackedExperts(nn.Module):
             for key, tensor in self.packing.pack(weight_RK).items():
                 self._buffers[_buffer(name, key)].copy_(tensor)  # type: ignore[union-attr]  # none of ours is None
 
+    def make_codes_divisible(self) -> None:
+        """As a packed linear layer's."""
+        codes_to_parameters(self, (GATE_UP, DOWN))
+
     def matrix(self, name: str, expert: int, matrix: int) -> "PackedMatrix":
         _, rows, inputs = self.shapes[name]
         keys = self.packing.layout(rows, inputs, self.compute)
-        held = {key: self._buffers[_buffer(name, key)][expert, matrix] for key in keys}  # type: ignore[index]
+        held = {key: getattr(self, _buffer(name, key))[expert, matrix] for key in keys}
         return PackedMatrix(
             held=held, out_features=rows, in_features=inputs, packing=self.packing, compute=self.compute
         )

@@ -50,7 +50,7 @@ class PackedLinear(nn.Linear):
     @property
     def held(self) -> Tensors:
         """What holds the weight, by name."""
-        return {name: self._buffers[name] for name in self._held}  # type: ignore[misc]  # none of ours is None
+        return {name: getattr(self, name) for name in self._held}
 
     def _hold(self, tensors: Tensors) -> None:
         self._held = tuple(tensors)
@@ -70,6 +70,10 @@ class PackedLinear(nn.Linear):
         self.packing, held = rearranged(self.packing, self.held, self.out_features, self.in_features, self.compute)
         self._hold(held)
 
+    def make_codes_divisible(self) -> None:
+        """Codes become a frozen parameter, which sharding divides; scales, a hundredth of them, stay whole."""
+        codes_to_parameters(self, ("weight",))
+
     def unpacked(self) -> Tensor:
         """weight_RK in the compute format, anew."""
         return self.packing.unpack(self.held, self.out_features, self.in_features, self.compute)
@@ -78,6 +82,13 @@ class PackedLinear(nn.Linear):
         """In the compute format, and back in the input's."""
         bias = None if self.bias is None else self.bias.to(self.compute)
         return packed_product(input, bias, self, compute=self.compute)
+
+
+def codes_to_parameters(module: nn.Module, names: tuple[str, ...]) -> None:
+    for name in names:
+        codes = module._buffers.pop(name)
+        assert codes is not None
+        module.register_parameter(name, nn.Parameter(codes, requires_grad=False))
 
 
 class Unpacks(Holds, Protocol):

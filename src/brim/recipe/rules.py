@@ -216,10 +216,10 @@ def _check_divided(recipe: "Recipe") -> None:
             f'optimizer.name = "{recipe.optimizer.name}" takes means or scales over elements that are on different '
             'devices; nearest: optimizer.name = "adamw"'
         )
-    if recipe.precision.packed or recipe.method == "qat":
+    if recipe.method == "qat":
         raise RecipeError(
-            f'method = "{recipe.method}" shares scales among elements that would be on different devices; nearest: '
-            'method = "lora", precision.weights = "bf16"'
+            'method = "qat" shares scales among elements that would be on different devices; nearest: method = "lora", '
+            'precision.weights = "bf16"'
         )
 
 
@@ -246,6 +246,8 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'library.cross_entropy has no effect: library.loss is "{recipe.library.loss}"')
     if recipe.optimizer.name != "adamw" and recipe.library.adamw != "fused":
         found.append(f'library.adamw has no effect: optimizer.name is "{recipe.optimizer.name}"')
+    if recipe.parallel.sharding == "none" and recipe.library.sharding != "fsdp2":
+        found.append('library.sharding has no effect: parallel.sharding is "none"')
     if not recipe.adapts and recipe.library.adapters != "weights":
         found.append(f'library.adapters has no effect: method is "{recipe.method}"')
     if recipe.task != "seq2seq-lm" and recipe.target_seq_len:

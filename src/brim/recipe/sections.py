@@ -121,6 +121,9 @@ class Library:
     it after that: each residual and what is kept of it is then FP32, too."""
     norm: Literal["operators", "fused"] = "operators"
     """fused: RMS norms keep their input as it is and one number a row, as Liger's and unsloth's kernels do."""
+    sharding: Literal["fsdp2", "fsdp1"] = "fsdp2"
+    """fsdp1: beside adapters, no block is gathered ahead in backward (training/sharding.py says why), and what a block
+    is run again from, and its gradient, stay until backward ends (training/checkpointing.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

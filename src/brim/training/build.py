@@ -109,7 +109,8 @@ def build(
         model = add_lora(base, recipe)
     divided = None if ranks.mesh is None or recipe.parallel.tensor == 1 else ranks.mesh["tensor"]
     summed = [] if divided is None else divide_matrices(base, recipe, divided)
-    checkpoint_blocks(base, recipe.memory.activation_checkpointing)
+    held = recipe.library.sharding == "fsdp1" and recipe.adapts
+    checkpoint_blocks(base, recipe.memory.activation_checkpointing, held=held)
     model.train()
     head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
     loss = shard(LossModule(model, head), recipe, ranks)

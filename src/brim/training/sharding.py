@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from brim.layers.packed_experts import PackedExperts
+from brim.layers.packed_linear import PackedLinear
 from brim.memory import owners
 from brim.recipe import Recipe
 from brim.training.copies import copied
@@ -47,6 +49,9 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
         # Gradients are added up in FP32: over hundreds of ranks, BF16 would lose them.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings: dict[str, Any] = {"mesh": ranks.data, "mp_policy": policy}
+    for module in root.modules():
+        if isinstance(module, PackedLinear | PackedExperts):
+            module.make_codes_divisible()
     for block in blocks_of(root):
         fully_shard(block, reshard_after_forward=recipe.parallel.sharding != "zero2", **settings)
     fully_shard(root, reshard_after_forward=False, **settings)
@@ -59,6 +64,8 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
                 module.set_custom_all_gather(GatherByBroadcast())
                 module.set_custom_reduce_scatter(ReduceInPlace())
             _watch(module)
+            if recipe.library.sharding == "fsdp1" and recipe.adapts:
+                _gather_no_block_ahead(module)
     return root
 
 
@@ -79,6 +86,17 @@ def _watch(module: FSDPModule) -> None:
     for group in module._get_fsdp_state()._fsdp_param_groups:
         for name in _COMMUNICATION:
             setattr(group, name, _gathering(getattr(group, name)))
+
+
+def _gather_no_block_ahead(module: FSDPModule) -> None:
+    """Under FSDP1 each adapter's matrix is a unit of its own (peft.utils.other, fsdp_auto_wrap_policy), and what is
+    gathered while a block goes backward is the unit before it in order: its own last adapter, not the next block."""
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        group._backward_prefetch = _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 def _gathering(method: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
