@@ -206,6 +206,8 @@ def _method(row: Row) -> list[str]:
         return ["method=full"]
     names = json.dumps(_targets(row))
     adapters = "weights" if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") else "fp32"
+    if method == "qlora" and row["parallelism"] != "none":
+        adapters = "weights"  # trl/trainer/sft_trainer.py: autocast_adapter_dtype=False for a sharded, packed base
     dropout = _DROPOUT.get(row["source_repo_or_paper"].split("@")[0], 0.0)
     return [
         f"method={method}",
