@@ -6,10 +6,12 @@ ROWS: a file of the columns of data/published_peaks.csv; OUT: where to write the
 import argparse
 import csv
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import peers
@@ -24,7 +26,7 @@ from brim.report import Peak
 
 WORST = 10
 _PROCESSES = 2
-_Key = tuple[str, str, str]
+_Key = tuple[str, ...]
 
 
 def main() -> None:
@@ -33,8 +35,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--docs", type=Path)
     parser.add_argument("--learn", type=Path, help="write the errors that prediction bands come from")
+    parser.add_argument("--peaks", type=Path, help="where peaks of this very code are kept, to go on after a stop")
     options = parser.parse_args()
-    outcomes, missing = predict_all(read(options.rows))
+    outcomes, missing = predict_all(read(options.rows), options.peaks)
     summaries = by_kind(outcomes)
     text = markdown(outcomes, summaries, missing)
     Console(width=200, highlight=False, soft_wrap=True).print(text, markup=False)
@@ -57,7 +60,7 @@ def learn(outcomes: Sequence[Outcome], path: Path) -> None:
                 writer.writerow([outcome.kind_of_run, outcome.row["memory_kind"], outcome.row["id"], f"{error:.5f}"])
 
 
-def predict_all(rows: Sequence[Row]) -> tuple[list[Outcome], Counter[str]]:
+def predict_all(rows: Sequence[Row], kept: Path | None = None) -> tuple[list[Outcome], Counter[str]]:
     """Outcomes of the rows that can be predicted, and how many others lack what. Equal recipes are rehearsed once."""
     cases: list[tuple[Row, Case]] = []
     missing: Counter[str] = Counter()
@@ -67,8 +70,7 @@ def predict_all(rows: Sequence[Row]) -> tuple[list[Outcome], Counter[str]]:
         except Missing as lack:
             missing[str(lack)] += 1
     distinct = {_key(case): case for _, case in cases}
-    with ProcessPoolExecutor(_PROCESSES) as pool:
-        peaks = dict(zip(distinct, pool.map(_peak, distinct.values()), strict=True))
+    peaks = _peaks(distinct, kept)
     outcomes = []
     for row, case in cases:
         peak = peaks[_key(case)]
@@ -77,6 +79,22 @@ def predict_all(rows: Sequence[Row]) -> tuple[list[Outcome], Counter[str]]:
         else:
             outcomes.append(_outcome(row, case, peak))
     return outcomes, missing
+
+
+def _peaks(cases: Mapping[_Key, Case], kept: Path | None) -> dict[_Key, Peak | str]:
+    """Of each case; `kept` has a line for each that is known, and gets one for each that is not."""
+    known: dict[_Key, Peak | str] = {}
+    if kept is not None and kept.exists():
+        for line in kept.read_text(encoding="utf-8").splitlines():
+            key, peak = json.loads(line)
+            known[tuple(key)] = peak if isinstance(peak, str) else Peak(**peak)
+    asked = {key: case for key, case in cases.items() if key not in known}
+    with ProcessPoolExecutor(_PROCESSES) as pool, (kept or Path(os.devnull)).open("a", encoding="utf-8") as file:
+        for key, peak in zip(asked, pool.map(_peak, asked.values()), strict=True):
+            known[key] = peak
+            file.write(json.dumps([key, peak if isinstance(peak, str) else asdict(peak)]) + "\n")
+            file.flush()
+    return known
 
 
 def _key(case: Case) -> _Key:

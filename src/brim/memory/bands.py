@@ -1,10 +1,11 @@
 """How far predictions for GPUs were from published peaks, and the band that follows. No torch.
 
-The errors are those of `make accuracy` (data/gpu_errors.csv), by kind of run: method, and whose model code ran.
+The errors are those of `make accuracy` (data/gpu_errors.csv), by kind of run: what is trained, whose model code ran, and
+on how many devices.
 """
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 
@@ -12,6 +13,11 @@ from brim.errors import UsageError
 from brim.recipe import Recipe
 
 DEFAULT_RISK = 0.02
+_FEWEST = 10
+"""Rows of a kind; with fewer, those of all kinds are asked."""
+
+Errors = Mapping[str, Sequence[float]]
+"""Kind of run -> measured / predicted - 1."""
 
 
 def gpu_band(recipe: Recipe, *, risk: float = DEFAULT_RISK, inference: bool = False) -> tuple[float, float]:
@@ -22,7 +28,14 @@ def gpu_band(recipe: Recipe, *, risk: float = DEFAULT_RISK, inference: bool = Fa
     """
     if not 0 <= risk < 0.5:
         raise UsageError(f"--risk {risk} is not a share from 0 to 0.5; write for example 0.02")
-    errors = _errors()[kind_of_run(recipe, inference=inference)]
+    return band(_errors(), kind_of_run(recipe, inference=inference), risk=risk)
+
+
+def band(learned: Errors, kind: str, *, risk: float) -> tuple[float, float]:
+    """The same, learned from these errors."""
+    errors = sorted(learned.get(kind, ()))
+    if len(errors) < _FEWEST:
+        errors = sorted(error for some in learned.values() for error in some)
     outside = int(risk * len(errors))
     return min(0.0, errors[outside]), max(0.0, errors[-1 - outside])
 
@@ -32,14 +45,14 @@ def kind_of_run(recipe: Recipe, *, inference: bool = False) -> str:
     if inference:
         return "inference, transformers"
     code = "litgpt" if recipe.library.loss == "litgpt" else "transformers"
-    return f"{'full' if recipe.trains_weights else 'lora'}, {code}"
+    method = "packed" if recipe.precision.packed else "full" if recipe.trains_weights else "lora"
+    return f"{method}, {code}" if recipe.parallel.sharding == "none" else f"{method}, {code}, sharded"
 
 
 @cache
-def _errors() -> Mapping[str, list[float]]:
-    """Kind of run -> measured / predicted - 1, ascending."""
+def _errors() -> Errors:
     text = resources.files("brim.memory").joinpath("data", "gpu_errors.csv").read_text(encoding="utf-8")
     found: dict[str, list[float]] = {}
     for row in csv.DictReader(text.splitlines()):
         found.setdefault(row["kind_of_run"], []).append(float(row["error"]))
-    return {kind: sorted(errors) for kind, errors in found.items()}
+    return found
