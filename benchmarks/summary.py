@@ -6,6 +6,8 @@ from statistics import fmean, median
 
 from benchmarks.published import Row
 
+from brim.memory.bands import DEFAULT_RISK, Errors, band
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -20,6 +22,11 @@ class Outcome:
     card_bytes: int
     peers: Mapping[str, int]
     """What other tools' rules say, bytes by tool."""
+
+    @property
+    def excess(self) -> float:
+        """measured / predicted - 1, what bands are learned from."""
+        return self.measured_bytes / self.predicted_bytes - 1
 
     @property
     def source(self) -> str:
@@ -75,6 +82,32 @@ def by_kind(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Summary]]:
             "all": summarize([outcome.error for outcome in rows]),
             "macro": macro_average(sources.values()),
         }
+    return found
+
+
+def above_bounds(outcomes: Sequence[Outcome], *, risk: float = DEFAULT_RISK) -> tuple[float, float]:
+    """Share of rows measured above their upper bound: learned from all rows, and from those of other sources alone."""
+    rows = [outcome for outcome in outcomes if outcome.row["memory_kind"] != "unspecified"]
+    if not rows:
+        return 0.0, 0.0
+    learned = _by_kind_of_run(rows)
+    apart = {
+        source: _by_kind_of_run([row for row in rows if row.source != source])
+        for source in {row.source for row in rows}
+    }
+    inside = fmean(_is_above(row, learned, risk) for row in rows)
+    outside = fmean(_is_above(row, apart[row.source], risk) for row in rows) if len(apart) > 1 else inside
+    return inside, outside
+
+
+def _is_above(outcome: Outcome, learned: Errors, risk: float) -> bool:
+    return outcome.excess > band(learned, outcome.kind_of_run, risk=risk)[1]
+
+
+def _by_kind_of_run(outcomes: Sequence[Outcome]) -> Errors:
+    found: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.kind_of_run, []).append(outcome.excess)
     return found
 
 

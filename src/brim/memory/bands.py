@@ -1,7 +1,7 @@
 """How far predictions for GPUs were from published peaks, and the band that follows. No torch.
 
-The errors are those of `make accuracy` (data/gpu_errors.csv), by kind of run: what is trained, whose model code ran, and
-on how many devices.
+The errors are those of `make accuracy` (data/gpu_errors.csv), by kind of run: what is trained, whose model code ran,
+and whether it is sharded.
 """
 
 import csv

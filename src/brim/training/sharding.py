@@ -30,6 +30,9 @@ _COMMUNICATION = ("unshard", "wait_for_unshard", "post_backward")
 """Of a parameter group: where it gathers parameters and where it reduces gradients."""
 
 
+_GATHERS_AHEAD = "_backward_prefetch"
+
+
 def shard(root: LossModule, recipe: Recipe, ranks: Ranks) -> nn.Module:
     """`root` as it is to be called, its parameters spread over the ranks."""
     if ranks.data_count == 1:
@@ -92,7 +95,7 @@ def _gather_no_block_ahead(module: FSDPModule) -> None:
     """Under FSDP1 each adapter's matrix is a unit of its own (peft.utils.other, fsdp_auto_wrap_policy), and what is
     gathered while a block goes backward is the unit before it in order: its own last adapter, not the next block."""
     for group in module._get_fsdp_state()._fsdp_param_groups:
-        group._backward_prefetch = _nothing
+        setattr(group, _GATHERS_AHEAD, _nothing)
 
 
 def _nothing() -> None:

@@ -61,6 +61,8 @@ TWO: dict[str, tuple[str, ...]] = {
     "tensor": over(2, "none", TENSOR, *FP32),
     "tensor, lora, bf16": over(2, "none", TENSOR, "method=lora", CHECKPOINTED),
     "tensor, mixed, chunked": over(2, "none", TENSOR, "precision.weights=fp32", "memory.loss=chunked"),
+    "zero3, lora, fsdp1": over(2, "zero3", "method=lora", CHECKPOINTED, "library.sharding=fsdp1", *FP32),
+    "zero3, qlora": over(2, "zero3", "method=qlora", "precision.weights=nf4", "precision.compute=fp32"),
 }
 FOUR: dict[str, tuple[str, ...]] = {
     "zero3 x tensor": over(4, "zero3", TENSOR, *FP32),
