@@ -32,6 +32,8 @@ _SAME_ARCHITECTURE = {
     "TheBloke/Mixtral-8x7B-Instruct-v0.1-GPTQ": "mistralai/Mixtral-8x7B-v0.1",
     "TheBloke/Llama-2-70B-GPTQ": "meta-llama/Llama-2-70b-hf",
     "01-ai/Yi-34B-Chat": "01-ai/Yi-34B",
+    "Qwen/Qwen-1_8B-Chat-Int4": "Qwen/Qwen-1_8B-Chat",
+    "Qwen/Qwen-7B-Chat-Int4": "Qwen/Qwen-7B-Chat",
 }
 _DEVICES = {"": "a100", "A100": "a100", "H100 96GB (HBM2e)": "h100", "V100-SXM2-16GB": "v100"}
 _PROJECTIONS = {
@@ -40,6 +42,7 @@ _PROJECTIONS = {
               "c": []},  # c_attn, which these have not: PEFT passes over it
     # litgpt adapts parts of a fused matrix; transformers' Falcon has one matrix for q, k and v
     "falcon": {"q": ["query_key_value"], "k": ["query_key_value"], "v": ["query_key_value"], "o": ["dense"]},
+    "stablelm": {"q": ["query_key_value"], "k": ["query_key_value"], "v": ["query_key_value"], "o": ["dense"]},
     "gpt_bigcode": {"q": [], "k": [], "v": [], "o": [], "c": ["c_attn"]},
     "qwen": {"c_attn": ["q_proj", "k_proj", "v_proj"], "c_proj": ["o_proj", "down_proj"], "w1": ["up_proj"],
              "w2": ["gate_proj"]},
@@ -222,6 +225,8 @@ def _targets(row: Row) -> list[str]:
     text, family = row["lora_targets"], "llama"
     if "falcon" in row["model"].casefold():
         family = "falcon"
+    if "stablelm-base-alpha" in row["model"]:
+        family = "stablelm"
     if row["model"].startswith("Qwen/Qwen-"):
         family = "qwen"
     if "bigcode" in row["model"]:
@@ -260,6 +265,8 @@ def _optimizer(row: Row) -> list[str]:
         return ["optimizer.name=adafactor"]
     if row["optimizer"] == "AdamW (fused)":
         return []
+    if row["optimizer"] in ("adamw_bnb_8bit", "adamw_8bit", "Adam8bit (bnb)"):
+        return ["optimizer.name=adamw8bit"]
     # bitsandbytes' paged AdamW keeps states of 32 bits, outside PyTorch's allocator where a matrix is large
     if not re.match(r"(paged)?adamw($| \((torch|adamw_torch|HF Trainer|swift|bnb))", row["optimizer"], re.IGNORECASE):
         raise Missing(f"optimizer: {row['optimizer']}")

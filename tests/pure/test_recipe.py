@@ -210,7 +210,7 @@ def test_what_cannot_run_names_the_nearest_that_can(key: str, value: object, nea
         (("parallel.sharding=ddp", "parallel.tensor=2"), ("parallel.tensor=1",)),
         (("optimizer.name=adafactor",), ("optimizer.name=adamw",)),
         (("memory.offload=optimizer",), ("memory.offload=none",)),
-        (("method=qlora", "precision.weights=nf4"), ("method=lora", "precision.weights=bf16")),
+        (("method=qat",), ("method=lora", "precision.weights=bf16")),
         (("optimizer.in_backward=true", "optimizer.max_grad_norm=0"), ("optimizer.in_backward=false",)),
     ],
 )
