@@ -25,7 +25,7 @@ from brim.rehearsal import peak_on, rehearse_trace, written_trace
 from brim.report import Peak
 
 WORST = 10
-_PROCESSES = 3
+_PROCESSES = 2
 _Key = tuple[str, ...]
 
 

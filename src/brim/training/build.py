@@ -109,7 +109,7 @@ def build(
         model = add_lora(base, recipe)
     divided = None if ranks.mesh is None or recipe.parallel.tensor == 1 else ranks.mesh["tensor"]
     summed = [] if divided is None else divide_matrices(base, recipe, divided)
-    held = recipe.library.sharding == "fsdp1" and recipe.adapts
+    held = recipe.library.sharding == "fsdp1" and recipe.adapts and recipe.parallel.sharding != "none"
     checkpoint_blocks(base, recipe.memory.activation_checkpointing, held=held)
     model.train()
     head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
