@@ -54,6 +54,7 @@ def unit(module: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(module, device_id=CPU)
 
 
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning", "ignore::FutureWarning")  # a world of one; FSDP1 is old
 def test_frozen_blocks_keep_input_and_gradient_as_under_fsdp1(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """When backward ends, each block has its input and its gradient alive: under FSDP1, and with ours."""
 
