@@ -50,7 +50,8 @@ def divided(alone: Ledger, spec: ModelSpec, recipe: Recipe) -> Ledger:
     if parallel.sharding in ("ddp", "zero1"):
         return replace(alone, optimizer=optimizer)
     table = _BYTES[recipe.precision.compute] * spec.hidden_size * spec.vocab_size
-    blocks = max(0, _BYTES[recipe.precision.compute] * spec.num_parameters - 2 * table)
+    whole = alone.weights if recipe.precision.packed else _BYTES[recipe.precision.compute] * spec.num_parameters
+    blocks = max(0, whole - 2 * table)
     held = 1.0 if parallel.sharding == "zero2" else min(1.0, 3 / spec.num_layers)
     return replace(
         alone,

@@ -51,7 +51,8 @@ def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
 def _ledger(spec: ModelSpec, recipe: Recipe) -> tuple[Ledger, tuple[float, float]]:
     """Of the busiest device's tensors, and how far off it may be."""
     divided = recipe.parallel.data_ranks > 1 and recipe.parallel.sharding not in ("ddp", "zero1")
-    if not rough.closed_form_knows(spec, recipe):
+    # the closed form of a sharded step knows no packed base
+    if not rough.closed_form_knows(spec, recipe) or (divided and recipe.precision.packed):
         found = rough.rough(spec, recipe)
         return sharded.divided(found, spec, recipe) if recipe.parallel.data_ranks > 1 else found, rough.ERROR_BAND
     if divided:
