@@ -71,10 +71,18 @@ def rehearse(
         step_time_basis=basis,
         tokens_per_s=recipe.tokens_per_step / seconds,
         method="rehearsal",
-        error_band=ERROR_BAND if device.kind == "cpu" else gpu_band(recipe, risk=risk),
+        error_band=_error_band(spec, recipe, device, risk),
         reasons=(*recipe.warnings(), *_offload_in_vain(recipe, device)),
         moments=_moments_on(device, trace),
     )
+
+
+def _error_band(
+    spec: ModelSpec, recipe: Recipe, device: Device, risk: float, *, inference: bool = False
+) -> tuple[float, float]:
+    if device.kind == "cpu":
+        return ERROR_BAND
+    return gpu_band(recipe, spec.config.get("model_type"), risk=risk, inference=inference)
 
 
 def _step_time(spec: ModelSpec, recipe: Recipe, device: Device, work: StepWork) -> tuple[float, str]:
@@ -309,7 +317,7 @@ def rehearse_inference(
         step_time_s=seconds,
         tokens_per_s=writing.batch_size * new_tokens / seconds,
         method="rehearsal",
-        error_band=ERROR_BAND if device.kind == "cpu" else gpu_band(recipe, risk=risk, inference=True),
+        error_band=_error_band(spec, recipe, device, risk, inference=True),
         inference=Inference(
             batch_size=writing.batch_size,
             context=writing.context,
