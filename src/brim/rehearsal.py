@@ -82,7 +82,7 @@ def _error_band(
 ) -> tuple[float, float]:
     if device.kind == "cpu":
         return ERROR_BAND
-    return gpu_band(recipe, spec.config.get("model_type"), risk=risk, inference=inference)
+    return gpu_band(recipe, spec.model_type, risk=risk, inference=inference)
 
 
 def _step_time(spec: ModelSpec, recipe: Recipe, device: Device, work: StepWork) -> tuple[float, str]:

@@ -118,6 +118,7 @@ def _search(
             rehearse=lambda recipe: rehearsed(spec, recipe, device, budget, risk, anew=anew),
             constraints=constraints,
             goal=goal,
+            risk=risk,
             progress=progress,
         )
 

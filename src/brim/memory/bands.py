@@ -23,7 +23,7 @@ Errors = Mapping[str, Sequence[float]]
 
 
 def gpu_band(
-    recipe: Recipe, family: str | None, *, risk: float = DEFAULT_RISK, inference: bool = False
+    recipe: Recipe, family: str, *, risk: float = DEFAULT_RISK, inference: bool = False
 ) -> tuple[float, float]:
     """Relative (low, high): at most this share of published rows of the kind lie above their upper bound.
 
@@ -51,7 +51,7 @@ def _errors_of(learned: Errors, kind: str) -> Sequence[float]:
     return found
 
 
-def kind_of_run(recipe: Recipe, family: str | None, *, inference: bool = False) -> str:
+def kind_of_run(recipe: Recipe, family: str, *, inference: bool = False) -> str:
     """`full, transformers`: what the errors are sorted by."""
     code = "litgpt" if recipe.library.loss == "litgpt" else "transformers"
     method = "packed" if recipe.precision.packed else "full" if recipe.trains_weights else "lora"

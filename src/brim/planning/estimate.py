@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from brim.hardware.device import Device
 from brim.memory import closed_form, rough, sharded
+from brim.memory.bands import DEFAULT_RISK, gpu_band
 from brim.memory.constants import context_bytes, cublas_workspace_bytes
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
@@ -13,9 +14,12 @@ from brim.speed.roofline import step_time, tokens_per_s
 from brim.units import format_bytes
 
 
-def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: int) -> Prediction:
+def estimate(
+    spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: int, risk: float = DEFAULT_RISK
+) -> Prediction:
     """Peak and step time without running anything; roughly where the closed form does not know the family or head."""
-    ledger, error_band = _ledger(spec, recipe)
+    ledger, (low, high) = _ledger(spec, recipe)
+    least, most = published_band(spec, recipe, device, risk)
     reasons: tuple[str, ...] = ()
     if not rough.closed_form_knows(spec, recipe):
         reasons = (f"rough: no closed form for {spec.model_type}, {recipe.task}; a rehearsal is exact",)
@@ -43,7 +47,7 @@ def estimate(spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: i
         step_time_basis=roofline_basis(device),
         tokens_per_s=tokens_per_s(recipe, seconds),
         method="closed-form",
-        error_band=error_band,
+        error_band=((1 + low) * (1 + least) - 1, (1 + high) * (1 + most) - 1),
         reasons=reasons,
     )
 
@@ -60,6 +64,11 @@ def _ledger(spec: ModelSpec, recipe: Recipe) -> tuple[Ledger, tuple[float, float
     if recipe.parallel.data_ranks > 1:
         return sharded.copied(spec, recipe), sharded.ERROR_BAND
     return closed_form.closed_form(spec, recipe), closed_form.ERROR_BAND
+
+
+def published_band(spec: ModelSpec, recipe: Recipe, device: Device, risk: float) -> tuple[float, float]:
+    """How far peaks on a device may be from a rehearsal's, relative; nothing on a CPU."""
+    return (0.0, 0.0) if device.kind == "cpu" else gpu_band(recipe, spec.model_type, risk=risk)
 
 
 def lower_bound(prediction: Prediction) -> int:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from brim.errors import DoesNotFitError
 from brim.hardware.device import Device
+from brim.memory.bands import DEFAULT_RISK
 from brim.models.spec import ModelSpec
 from brim.planning.candidates import Constraints, candidates, derived
-from brim.planning.estimate import estimate, excess, lower_bound, upper_bound
+from brim.planning.estimate import estimate, excess, lower_bound, published_band, upper_bound
 from brim.planning.ranking import Goal, caution, kind_of, rank
 from brim.recipe import Recipe
 from brim.report import Plan, Prediction
@@ -45,6 +46,7 @@ def plan(
     rehearse: Rehearse | None,
     constraints: Constraints | None = None,
     goal: Goal = "fastest",
+    risk: float = DEFAULT_RISK,
     progress: Progress = no_progress,
 ) -> Plan:
     """Recipes ranked for the goal; the first is rehearsed and fits the budget. `rehearse` None: by closed form alone.
@@ -54,7 +56,7 @@ def plan(
     """
     constraints = replace(constraints or Constraints(), may_offload=device.kind == "cuda")
     quick = {
-        repr(recipe): (recipe, estimate(spec, recipe, device=device, budget_bytes=budget_bytes))
+        repr(recipe): (recipe, estimate(spec, recipe, device=device, budget_bytes=budget_bytes, risk=risk))
         for recipe in candidates(spec, constraints)
     }
     recipe_of = {id(prediction): recipe for recipe, prediction in quick.values()}
@@ -62,7 +64,8 @@ def plan(
     exact = rehearse or (lambda recipe: quick[repr(recipe)][1])
     trial = _Trial(rehearse=lambda prediction: exact(recipe_of[id(prediction)]), progress=progress)
     if rehearse is not None:
-        trial.run([p for p in ranked if lower_bound(p) <= budget_bytes], goal)
+        bands = (published_band(spec, recipe_of[id(p)], device, risk) for p in ranked)
+        trial.run([p for p, band in zip(ranked, bands, strict=True) if _may_fit(p, band)], goal)
     if not trial.fitting and (rehearse is not None or not any(p.fits for p in ranked)):
         lightest = trial.rehearsed(rank(ranked, "lightest")[0])
         if lightest.fits:
@@ -78,6 +81,12 @@ def plan(
         derived=derived(spec, constraints),
         quick=rehearse is None,
     )
+
+
+def _may_fit(quick: Prediction, band: tuple[float, float]) -> bool:
+    """Whether a rehearsal's upper bound can be within the budget: this band about the lowest peak it may show."""
+    low, high = band
+    return lower_bound(quick) / (1 + low) * (1 + high) <= quick.budget_bytes
 
 
 @dataclass(kw_only=True)
