@@ -1,6 +1,6 @@
 """Sharded recipes rehearsed in one process against two and four real gloo processes, and `brim tune` over them.
 
-A run's peak is the busiest rank's, of a plain meter around all its steps.
+A run's peak is the busiest rank's, of a plain meter around all its steps (of a divided model the least of three).
 """
 
 import json
