@@ -4,33 +4,25 @@ How this differs from bitsandbytes' own: it steps in parts on a CPU, its state i
 holds it), and it can be made from fake parameters.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from brim.layers.blockwise_adam import Maps, adam_update, new_state
+from brim.training.by_parameter import ByParameter
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(ByParameter):
     """States: `state1`, `state2` (codes; FP32 for small parameters), `absmax1`, `absmax2`, and `step`."""
 
     def __init__(
         self, parameters: Iterable[Any], *, lr: float, weight_decay: float, maps: Maps, by_chance: bool = False
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay)
         self._maps = maps
         self._by_chance = by_chance
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; `closure` is not used."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, rate=group["lr"], decay=group["weight_decay"])
 
     def _step_one(self, parameter: Tensor, gradient: Tensor, *, rate: float, decay: float) -> None:
         state = self.state[parameter]

@@ -2,7 +2,7 @@
 
 DDP is PyTorch's: gradients lie in buckets, which are summed over the ranks while backward goes on. ZeRO-1 gives each
 parameter's states, whole, to one rank, which steps it and sends it to the others. PyTorch's ZeroRedundancyOptimizer
-does the same, and stays out of the way of master copies no better than of our own optimizers: this one takes any.
+does the same, but knows neither master copies nor optimizers of ours.
 """
 
 from collections.abc import Iterator, Sequence

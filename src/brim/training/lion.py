@@ -4,29 +4,16 @@ One state and, while a parameter is stepped, one temporary of its size. Step wit
 smaller than AdamW's, as the paper advises: every element moves by all of it.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from brim.training.by_parameter import ByParameter
 
 _BETAS = (0.9, 0.99)
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(ByParameter):
     """m: momentum, g: gradient. p -= rate * (sign(0.9 m + 0.1 g) + decay p), then m = 0.99 m + 0.01 g."""
-
-    def __init__(self, parameters: Iterable[Any], *, lr: float, weight_decay: float) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; `closure` is not used."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, rate=group["lr"], decay=group["weight_decay"])
 
     def _step_one(self, parameter: Tensor, gradient: Tensor, *, rate: float, decay: float) -> None:
         state = self.state[parameter]

@@ -5,33 +5,20 @@ so is the decay of the second moment, 0.1 % a step where BF16's numbers are 0.4 
 does the arithmetic here too, in FP32 on a part of a parameter at a time.
 """
 
-from collections.abc import Callable, Iterable
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from brim.layers.stochastic_rounding import noise_like, round_by_chance
+from brim.training.by_parameter import ByParameter
 
 _LEAST_AT_ONCE = 2**18
 _MOST_PARTS = 16
 
 
-class RoundedAdamW(torch.optim.Optimizer):
+class RoundedAdamW(ByParameter):
     """States: `exp_avg` and `exp_avg_sq` in the parameter's format, and `step`, as torch's AdamW has them."""
-
-    def __init__(self, parameters: Iterable[Any], *, lr: float, weight_decay: float) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; `closure` is not used."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, rate=group["lr"], decay=group["weight_decay"])
 
     def _step_one(self, parameter: Tensor, gradient: Tensor, *, rate: float, decay: float) -> None:
         state = self.state[parameter]
