@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from brim.checkpoints.calibrate import CalibrationText, sequences
+from brim.checkpoints.calibrate import sequences
 from brim.checkpoints.convert import quantize
-from brim.checkpoints.targets import ScaleChoice, Target
+from brim.checkpoints.targets import CalibrationText, ScaleChoice, Target
 from brim.inference import held_text, load, locate, perplexity
 from brim.inference.load import Loaded
 

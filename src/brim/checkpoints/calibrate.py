@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from brim.checkpoints.conversion import Conversion, Integers
 from brim.checkpoints.decisions import Decisions, DecisionWriter, found
 from brim.checkpoints.decoder import BlockwiseDecoder, HiddenStates
 from brim.checkpoints.job import Job
+from brim.checkpoints.targets import TOKENS, CalibrationText
 from brim.errors import DataError, DoesNotFitError
 from brim.models.directory import StoredTensor, stored_tensors
 from brim.models.quiet import quiet_transformers
@@ -35,17 +35,7 @@ from brim.numerics.scales import least_error_scale
 from brim.publish import check_room, whole_directory
 from brim.units import Progress, format_bytes, no_progress
 
-TOKENS = 16_384
-"""Of the text, unless another number is asked for: GPTQ's paper has 16 times as many, and gains little by them."""
 SEQUENCE_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationText:
-    """What flows through the model; not the text it is judged by afterwards."""
-
-    text: str
-    max_tokens: int = TOKENS
 
 
 def decisions_of(place: Path) -> Path:

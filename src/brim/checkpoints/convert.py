@@ -14,7 +14,7 @@ from typing import Any
 
 from brim import __version__
 from brim.checkpoints.audit import REPORT_NAME, QuantizationReport, tensor_report
-from brim.checkpoints.calibrate import CalibrationText, calibrate, decisions_of
+from brim.checkpoints.calibrate import calibrate, decisions_of
 from brim.checkpoints.companions import companions, copy_companions
 from brim.checkpoints.conversion import BLOCK_ELEMENTS
 from brim.checkpoints.job import Job, as_json, plan_job
@@ -25,7 +25,7 @@ from brim.checkpoints.mixture import NO_MIXTURE, Mixture
 from brim.checkpoints.pickled import pickled_tensors
 from brim.checkpoints.statistics import Statistics
 from brim.checkpoints.stream import CHUNK_BLOCKS, Chunk, Places, chunks_of, convert, count_workers, look_through, verify
-from brim.checkpoints.targets import Family, ScaleChoice, Target
+from brim.checkpoints.targets import CalibrationText, Family, ScaleChoice, Target
 from brim.checkpoints.writer import create
 from brim.errors import DoesNotFitError, ModelFileError, Stopped, UsageError
 from brim.models.describe import describe_directory

@@ -1,6 +1,7 @@
 """What a conversion can be asked for: formats, and which layouts hold each."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from brim.errors import UsageError
@@ -23,6 +24,17 @@ LAYOUTS: Mapping[Target, tuple[Family, ...]] = {
 ScaleChoice = Literal["absmax", "mse", "calibrated"]
 """The largest element of a block becomes the last code; or the scale with the least squared error, searched; or with
 the least error of a layer's outputs on a text, and codes with error feedback (what no calibration reaches: as mse)."""
+TOKENS = 16_384
+"""Of a calibration text, unless another number is asked for: GPTQ's paper has 16 times as many, and gains little by
+them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationText:
+    """What flows through the model; not the text it is judged by afterwards."""
+
+    text: str
+    max_tokens: int = TOKENS
 
 
 def checked_layout(to: Target, layout: Family | None) -> Family:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from brim import units
+from brim.checkpoints.targets import TOKENS, CalibrationText, Family, ScaleChoice, Target
 from brim.cli import console, picture
 from brim.cli.options import Json
 from brim.errors import UsageError
@@ -17,9 +18,7 @@ from brim.report import SCHEMA
 
 if TYPE_CHECKING:
     from brim.checkpoints.audit import QuantizationReport
-    from brim.checkpoints.calibrate import CalibrationText
     from brim.checkpoints.mixture import Mixture
-    from brim.checkpoints.targets import Family, ScaleChoice, Target
 
 WORST = 5
 _Output = Annotated[
@@ -102,7 +101,7 @@ def command(
     formats: _Formats = None,
     budget: _Budget = None,
     calibration: _Calibration = None,
-    calibration_tokens: _CalibrationTokens = 16_384,
+    calibration_tokens: _CalibrationTokens = TOKENS,
     unpickle: _Unpickle = False,
     memory: _Memory = "512MiB",
     resume: Annotated[bool, typer.Option(help="Go on with a killed or interrupted run.")] = False,
@@ -113,7 +112,6 @@ def command(
     """A smaller checkpoint: floats, INT8, INT4 or FP8 linear weights, or a GGUF file."""
     from brim.checkpoints.convert import audit, quantize
     from brim.checkpoints.mixture import parse_mixture
-    from brim.checkpoints.targets import Family, ScaleChoice, Target
     from brim.numerics.granularity import parse_granularity
 
     target, family = _target(to, get_args(Target)), _family(layout, get_args(Family))
@@ -177,7 +175,7 @@ def _within(budget: str, source: Path, mixture: "Mixture", settings: dict[str, A
         return within_budget(source, spec, stored, budget_bytes=size, mixture=mixture, **settings, progress=listen)
 
 
-def _target(text: str, known: "tuple[Target, ...]") -> "Target":
+def _target(text: str, known: tuple[Target, ...]) -> Target:
     target = next((name for name in known if name == text.lower()), None)
     if target is None:
         raise UsageError(f"cannot quantize to {text!r}; formats: {', '.join(known)}")
@@ -191,10 +189,9 @@ def _check_audit(audit_only: bool, *, output: Path | None, resume: bool, calibra
         raise UsageError("--audit looks at weights alone; leave --calibration out, or leave --audit out")
 
 
-def _calibration_text(path: Path | None, max_tokens: int) -> "CalibrationText | None":
+def _calibration_text(path: Path | None, max_tokens: int) -> CalibrationText | None:
     if path is None:
         return None
-    from brim.checkpoints.calibrate import CalibrationText
     from brim.inference import held_text, read_text
 
     text = read_text(path)
@@ -206,7 +203,7 @@ def _calibration_text(path: Path | None, max_tokens: int) -> "CalibrationText | 
     return CalibrationText(text=text, max_tokens=max_tokens)
 
 
-def _family(text: str | None, known: "tuple[Family, ...]") -> "Family | None":
+def _family(text: str | None, known: tuple[Family, ...]) -> Family | None:
     if text is None:
         return None
     family = next((name for name in known if name == text.lower()), None)
@@ -215,7 +212,7 @@ def _family(text: str | None, known: "tuple[Family, ...]") -> "Family | None":
     return family
 
 
-def _choice(text: str, known: "tuple[ScaleChoice, ...]") -> "ScaleChoice":
+def _choice(text: str, known: tuple[ScaleChoice, ...]) -> ScaleChoice:
     choice = next((name for name in known if name == text.lower()), None)
     if choice is None:
         raise UsageError(f"--scales {text!r} is not one of {', '.join(known)}")

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from brim.checkpoints import convert
-from brim.checkpoints.calibrate import CalibrationText, decisions_of
+from brim.checkpoints.calibrate import decisions_of
 from brim.checkpoints.convert import audit, quantize
 from brim.checkpoints.decoder import FAMILIES, BlockwiseDecoder
-from brim.checkpoints.targets import Target
+from brim.checkpoints.targets import CalibrationText, Target
 from brim.cli import main
 from brim.errors import DataError, DoesNotFitError, UsageError
 from brim.inference import held_text
