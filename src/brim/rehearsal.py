@@ -200,7 +200,7 @@ def goes_block_by_block(recipe: Recipe) -> bool:
     shares of the parameters, pipeline stages)."""
     parallel, targets = recipe.parallel, recipe.lora.targets
     return (
-        parallel.sharding in ("none", "zero2", "zero3", "hsdp")
+        not parallel.copies_weights
         and parallel.tensor == parallel.pipeline == 1
         and not any(part.isdigit() for target in targets for part in target.split("."))
     )

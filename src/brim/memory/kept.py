@@ -13,7 +13,7 @@ from brim.memory.anatomy import Anatomy, Attention, Block, FeedForward, Linear, 
 from brim.recipe import Recipe
 
 FP32, BF16 = 4, 2
-_BYTES = {"fp32": FP32, "bf16": BF16, "fp16": BF16}
+ELEMENT_BYTES = {"fp32": FP32, "bf16": BF16, "fp16": BF16}
 
 _ACTIVATION_KEEPS = {"relu": 0, "gelu_new": 4, "gelu_fast": 5}
 """Tensors of its input's size that an activation keeps beside its output; the fused ones (silu, gelu,
@@ -65,8 +65,8 @@ def terms(parts: Anatomy, recipe: Recipe) -> Terms:
         rows=recipe.micro_batch_size,
         source_len=recipe.seq_len if encoder_decoder else 0,
         target_len=recipe.target_len if encoder_decoder else recipe.seq_len,
-        weight_bytes=_BYTES[recipe.plain_format],
-        compute_bytes=_BYTES[recipe.precision.compute],
+        weight_bytes=ELEMENT_BYTES[recipe.plain_format],
+        compute_bytes=ELEMENT_BYTES[recipe.precision.compute],
         trains_base=recipe.trains_weights,
         rank=recipe.lora.rank if recipe.adapts else 0,
         targets=recipe.lora.targets,

@@ -18,13 +18,11 @@ from dataclasses import dataclass, replace
 from brim.memory import kept
 from brim.memory.anatomy import anatomy
 from brim.memory.closed_form import closed_form, moments
-from brim.memory.kept import FP32, Terms
+from brim.memory.kept import ELEMENT_BYTES, FP32, Terms
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Parallel, Recipe
 from brim.report import Ledger
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 ERROR_BAND = (-0.10, 0.10)
 """Relative error (low, high) that the search allows for before a rehearsal: tests/cpu/test_sharded_closed_form.py."""
@@ -47,10 +45,10 @@ def divided(alone: Ledger, spec: ModelSpec, recipe: Recipe) -> Ledger:
     """A device's rough ledger, spread over the ranks: three blocks and the tables of tokens are gathered."""
     parallel = recipe.parallel
     optimizer = alone.optimizer // parallel.state_shards
-    if parallel.sharding in ("ddp", "zero1"):
+    if parallel.copies_weights:
         return replace(alone, optimizer=optimizer)
-    table = _BYTES[recipe.precision.compute] * spec.hidden_size * spec.vocab_size
-    whole = alone.weights if recipe.precision.packed else _BYTES[recipe.precision.compute] * spec.num_parameters
+    table = ELEMENT_BYTES[recipe.precision.compute] * spec.hidden_size * spec.vocab_size
+    whole = alone.weights if recipe.precision.packed else ELEMENT_BYTES[recipe.precision.compute] * spec.num_parameters
     blocks = max(0, whole - 2 * table)
     held = 1.0 if parallel.sharding == "zero2" else min(1.0, 3 / spec.num_layers)
     return replace(

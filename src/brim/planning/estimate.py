@@ -54,7 +54,7 @@ def estimate(
 
 def _ledger(spec: ModelSpec, recipe: Recipe) -> tuple[Ledger, tuple[float, float]]:
     """Of the busiest device's tensors, and how far off it may be."""
-    divided = recipe.parallel.data_ranks > 1 and recipe.parallel.sharding not in ("ddp", "zero1")
+    divided = recipe.parallel.data_ranks > 1 and not recipe.parallel.copies_weights
     # the closed form of a sharded step knows no packed base
     if not rough.closed_form_knows(spec, recipe) or (divided and recipe.precision.packed):
         found = rough.rough(spec, recipe)

@@ -146,7 +146,7 @@ def _check_dora(recipe: "Recipe") -> None:
             "lora.dora = true reads whole weights to know their lengths, and a packed base has none; nearest: "
             'lora.dora = false, or method = "lora" with precision.weights = "bf16"'
         )
-    if recipe.parallel.sharding in ("zero2", "zero3", "hsdp") or recipe.parallel.tensor > 1:
+    if recipe.parallel.divides_weights or recipe.parallel.tensor > 1:
         raise RecipeError(
             f'lora.dora = true reads whole weights, and parallel.sharding = "{recipe.parallel.sharding}", '
             f"parallel.tensor = {recipe.parallel.tensor} divide them; nearest: lora.dora = false"
@@ -205,7 +205,7 @@ def _check_parallel(recipe: "Recipe") -> None:
             f'memory.offload = "{recipe.memory.offload}" steps the weights of one device on its host, and several '
             'share them; nearest: memory.offload = "none" (zero1, zero2 and zero3 divide the states among the devices)'
         )
-    if parallel.sharding in ("zero2", "zero3", "hsdp") or parallel.tensor > 1:
+    if parallel.divides_weights or parallel.tensor > 1:
         _check_divided(recipe)
 
 

@@ -148,6 +148,16 @@ class Parallel:
         return max(1, self.devices // (self.tensor * self.pipeline))
 
     @property
+    def divides_weights(self) -> bool:
+        """A block's weights are gathered when they are needed; else each device (or group) has all of them."""
+        return self.sharding in ("zero2", "zero3", "hsdp")
+
+    @property
+    def copies_weights(self) -> bool:
+        """Devices that see different rows have a copy of the weights each."""
+        return self.sharding in ("ddp", "zero1")
+
+    @property
     def state_shards(self) -> int:
         """Devices that share one copy of the optimizer's states."""
         if self.sharding in ("none", "ddp"):

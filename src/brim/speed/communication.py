@@ -8,6 +8,7 @@ Ignored: what starting a collective takes, which rules where models are small an
 """
 
 from brim.hardware.device import Device
+from brim.memory.kept import ELEMENT_BYTES
 from brim.memory.rough import trained_parameters
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
@@ -18,7 +19,6 @@ _UNKNOWN_LINK = 16e9
 """Bytes/s in one direction where the catalogue names no link: PCIe 3.0 x16."""
 BETWEEN_NODES = 25e9
 """Bytes/s and device between machines: 200 Gb/s InfiniBand for each, as in a DGX A100 (NVIDIA's system guide)."""
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def talking(spec: ModelSpec, recipe: Recipe, device: Device, working_s: float) -> float:
@@ -38,8 +38,8 @@ def communication_s(spec: ModelSpec, recipe: Recipe, device: Device) -> float:
     ranks, nodes = parallel.data_ranks, parallel.nodes
     if ranks == 1:
         return 0.0
-    gathered = _BYTES[recipe.precision.compute] * spec.num_parameters
-    reduced = _BYTES[recipe.plain_format] * trained_parameters(spec, recipe)
+    gathered = ELEMENT_BYTES[recipe.precision.compute] * spec.num_parameters
+    reduced = ELEMENT_BYTES[recipe.plain_format] * trained_parameters(spec, recipe)
     within = _REACHED * (device.link_bytes_per_s or _UNKNOWN_LINK)
     across = min(within, _REACHED * BETWEEN_NODES) if nodes > 1 else within
     match parallel.sharding:

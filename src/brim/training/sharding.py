@@ -74,8 +74,8 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
 
 def casts_when_gathered(recipe: Recipe) -> bool:
     """Sharded FP32 weights become BF16 as they are gathered: autocast would gather them in FP32."""
-    precision, sharding = recipe.precision, recipe.parallel.sharding
-    sharded = sharding in ("zero2", "zero3", "hsdp") and recipe.parallel.data_ranks > 1
+    precision, parallel = recipe.precision, recipe.parallel
+    sharded = parallel.divides_weights and parallel.data_ranks > 1
     return precision.weights == "fp32" and precision.compute == "bf16" and sharded
 
 

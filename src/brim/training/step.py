@@ -39,7 +39,7 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
 
 def _add_apart(workload: Workload) -> None:
     """Sum the gradients that the engine leaves to each rank."""
-    if workload.recipe.parallel.sharding in ("ddp", "zero1"):
+    if workload.recipe.parallel.copies_weights:
         for parameter in workload.head.apart:
             if parameter.grad is not None:
                 workload.ranks.add(parameter.grad)
