@@ -19,13 +19,10 @@ from statistics import median
 import torch
 import transformers
 
-from brim.memory.measured import CpuMeter
 from brim.models import ModelSpec
 from brim.recipe import Recipe, Task
 from brim.rehearsal import rehearse_trace
-from brim.training.batches import synthetic_batch
-from brim.training.build import build
-from brim.training.step import train_step
+from brim.training.trial import measured_trial
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "exactness.md"
@@ -112,26 +109,13 @@ def recipes(spec: ModelSpec, task: Task) -> Iterator[tuple[str, Recipe]]:
         yield precision, base.with_settings(settings)
 
 
-def measured_peak(spec: ModelSpec, recipe: Recipe) -> int:
-    torch.manual_seed(0)
-    with CpuMeter() as meter:
-        workload = build(recipe, spec)
-        if workload.loss_scale is not None:
-            workload.loss_scale.value = 1.0  # as in a run that has found its scale: no step is skipped
-        batches = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
-        for _ in range(2):
-            train_step(workload, batches, learning_rate=1e-4)
-        meter.sample()
-    return meter.peak.allocated_bytes
-
-
 def cells(spec: ModelSpec, task: Task) -> list[Cell]:
     return [
         Cell(
             recipe=recipe,
             precision=precision,
             predicted=rehearse_trace(spec, recipe).peak_bytes,
-            measured=measured_peak(spec, recipe),
+            measured=measured_trial(spec, recipe).peak.allocated_bytes,
         )
         for precision, recipe in recipes(spec, task)
     ]

@@ -10,13 +10,10 @@ import torch
 from brim.layers.chunked_loss import chunk_tokens
 from brim.memory.anatomy import anatomy
 from brim.memory.closed_form import ERROR_BAND, closed_form, tokens_of_chunk
-from brim.memory.measured import CpuMeter
 from brim.models import ModelSpec
 from brim.models.skeleton import skeleton
 from brim.recipe import Lora, Memory, Optimizer, Precision, Qat, Recipe, Training
-from brim.training.batches import synthetic_batch
-from brim.training.build import build
-from brim.training.step import train_step
+from brim.training.trial import measured_trial
 
 _LLAMA = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
@@ -105,16 +102,6 @@ def spec_of(name: str) -> ModelSpec:
     return replace(spec, num_parameters=anatomy(spec).num_parameters)
 
 
-def measured_peak(spec: ModelSpec, recipe: Recipe) -> int:
-    with CpuMeter() as meter:
-        workload = build(recipe, spec)
-        batches = [synthetic_batch(recipe, spec) for _ in range(recipe.grad_accumulation)]
-        for _ in range(2):
-            train_step(workload, batches, learning_rate=1e-4)
-        meter.sample()
-    return meter.peak.allocated_bytes
-
-
 @pytest.mark.parametrize("name", _FAMILIES)
 def test_parts_add_up_to_the_built_model(name: str) -> None:
     """The parameters counted from shapes are those that transformers builds."""
@@ -134,7 +121,7 @@ def test_the_closed_form_is_within_its_band(name: str) -> None:
         recipe = replace(Recipe(model=name, task=spec.task, seq_len=128, micro_batch_size=2), **settings)
         if name == "gpt2" and recipe.method == "qat":
             continue  # refused: its linear layers are transposed
-        measured = measured_peak(spec, recipe)
+        measured = measured_trial(spec, recipe).peak.allocated_bytes
         errors[label] = measured / closed_form(spec, recipe).total - 1
     assert all(ERROR_BAND[0] <= error <= ERROR_BAND[1] for error in errors.values()), errors
     assert median(map(abs, errors.values())) < 0.035, errors

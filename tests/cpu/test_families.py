@@ -16,7 +16,6 @@ from transformers.models.auto import modeling_auto
 from brim.errors import RecipeError
 from brim.hardware import Device
 from brim.memory import rough
-from brim.memory.measured import CpuMeter
 from brim.models import ModelSpec
 from brim.models.families import EAGER_ONLY, ENCODERS
 from brim.models.skeleton import attention_kernels, skeleton
@@ -24,9 +23,8 @@ from brim.planning import Constraints, plan
 from brim.recipe import Memory, Precision, Recipe, Task
 from brim.rehearsal import rehearse
 from brim.report import LEDGER_LINES, Prediction
-from brim.training.batches import synthetic_batch
-from brim.training.build import build
-from brim.training.step import train_step
+from brim.training.build import Workload, build
+from brim.training.trial import measured_trial
 
 _CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[2] / "benchmarks" / "families.json").read_text(encoding="utf-8")
@@ -78,17 +76,6 @@ def rehearsed(spec: ModelSpec, recipe: Recipe) -> Prediction:
     return rehearse(spec, recipe, device=_DEVICE, budget_bytes=_DEVICE.memory_bytes)
 
 
-def measured(spec: ModelSpec, recipe: Recipe) -> CpuMeter:
-    torch.manual_seed(0)
-    with CpuMeter() as meter:
-        workload = build(recipe, spec)
-        batches = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
-        for _ in range(2):
-            train_step(workload, batches, learning_rate=1e-4)
-        meter.sample()
-    return meter
-
-
 @pytest.mark.parametrize(("name", "classifies"), _CASES, ids=[f"{n}{'-classifier' * c}" for n, c in _CASES])
 def test_a_family_is_rehearsed_as_it_runs(name: str, classifies: bool) -> None:
     """Peak and ledger of the rehearsal are those that the profiler measures, within 0.1 %; the rough form's band holds.
@@ -98,7 +85,7 @@ def test_a_family_is_rehearsed_as_it_runs(name: str, classifies: bool) -> None:
     spec = spec_of(name)
     for label, settings in (_CLASSIFIERS_RECIPES if classifies else _RECIPES).items():
         recipe = recipe_of(spec, settings, classifies=classifies)
-        ours, theirs = rehearsed(spec, recipe), measured(spec, recipe)
+        ours, theirs = rehearsed(spec, recipe), measured_trial(spec, recipe)
         allowed = 0.001 * theirs.peak.allocated_bytes
         assert abs(ours.peak.allocated_bytes - theirs.peak.allocated_bytes) <= allowed, label
         for line in LEDGER_LINES:
@@ -111,18 +98,17 @@ def test_the_routing_of_experts_does_not_change_the_peak() -> None:
     """A router that sends every token to the same experts takes the memory of one that spreads them."""
     spec = spec_of("mixtral")
     recipe = recipe_of(spec, {"precision": _FP32})
-    peaks = set()
-    for bias in (0.0, 100.0):
-        torch.manual_seed(0)
-        with CpuMeter() as meter:
-            workload = build(recipe, spec)
-            for name, parameter in workload.model.named_parameters():
-                if name.endswith("gate.weight"):
-                    parameter.data[:2] += bias * parameter.data.mean(dim=0).sign()
-            train_step(workload, [synthetic_batch(recipe, spec)], learning_rate=1e-4)
-            meter.sample()
-        peaks.add(meter.peak.allocated_bytes)
-    assert len(peaks) == 1
+
+    def prefer_the_first(workload: Workload) -> None:
+        for name, parameter in workload.model.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.data[:2] += 100.0 * parameter.data.mean(dim=0).sign()
+
+    spread, sent_to_two = (
+        measured_trial(spec, recipe, steps=1),
+        measured_trial(spec, recipe, steps=1, prepare=prefer_the_first),
+    )
+    assert spread.peak == sent_to_two.peak
 
 
 def test_the_tables_are_transformers_own() -> None:

@@ -16,6 +16,7 @@ from brim.rehearsal import rehearse_trace
 from brim.training.batches import synthetic_batch
 from brim.training.build import build
 from brim.training.step import train_step
+from brim.training.trial import measured_trial, run_trial
 
 TOLERANCE = 0.001
 
@@ -135,17 +136,10 @@ def recipe_of(spec: ModelSpec, *settings: str) -> Recipe:
     return Recipe(model=spec.name, task=spec.task, seq_len=64, micro_batch_size=2).with_settings(settings)
 
 
-def run_for_real(spec: ModelSpec, recipe: Recipe, *, steps: int = 2) -> None:
-    workload = build(recipe, spec)
-    batches = [synthetic_batch(recipe, spec) for _ in range(recipe.grad_accumulation)]
-    for _ in range(steps):
-        train_step(workload, batches, learning_rate=1e-4)
-
-
 def profiled_peak(spec: ModelSpec, recipe: Recipe) -> int:
     """Highest sum of the allocator's events, in bytes: read here by itself, not by Brim's meters."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        run_for_real(spec, recipe)
+        run_trial(spec, recipe)
     assert recording.profiler is not None and recording.profiler.kineto_results is not None
     unread, events = list(recording.profiler.kineto_results.experimental_event_tree()), []
     while unread:
@@ -182,7 +176,7 @@ def test_attention_that_flash_does_not_take_is_refused(name: str) -> None:
     """Where SDPA would keep all scores, `flash` is refused, rehearsed as well as run, and `sdpa` is named."""
     spec = small(name)
     recipe = recipe_of(spec, "memory.attention=flash")
-    for attempt in (rehearse_trace, run_for_real):
+    for attempt in (rehearse_trace, run_trial):
         with pytest.raises(RecipeError, match=r'no dropout.*nearest: memory\.attention = "sdpa"'):
             attempt(spec, recipe)
     assert rehearse_trace(spec, recipe_of(spec, "memory.attention=sdpa")).peak_bytes > 0
@@ -230,9 +224,7 @@ def test_the_meter_of_real_runs_agrees_with_the_rehearsal_line_by_line(name: str
     spec = small(name)
     recipe = recipe_of(spec, *FP32)
     rehearsed = rehearse_trace(spec, recipe).peak_ledger()
-    with CpuMeter() as meter:
-        run_for_real(spec, recipe)
-        meter.sample()
+    meter = measured_trial(spec, recipe)
     for line, nbytes in rehearsed.to_dict().items():
         assert getattr(meter.ledger, line) == pytest.approx(nbytes, abs=0.01 * rehearsed.total), line
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PreT
 
 from brim.layers.packed_experts import DOWN, GATE_UP, PackedExperts
 from brim.layers.packing import held_bytes
-from brim.memory.measured import CpuMeter
 from brim.models import ModelSpec, describe
 from brim.models.skeleton import DTYPES
 from brim.recipe import Lora, Memory, Precision, Recipe
@@ -25,6 +24,7 @@ from brim.training.batches import synthetic_batch
 from brim.training.build import Workload, build
 from brim.training.packed_base import packing_of
 from brim.training.step import train_step
+from brim.training.trial import measured_trial
 
 HIDDEN, INTERMEDIATE, EXPERTS = 64, 192, 4
 _SHAPE: dict[str, Any] = {
@@ -88,14 +88,8 @@ def routed(workload: Workload, route: Callable[[int, int], Tensor]) -> None:
 
 def measured_bytes(recipe: Recipe, spec: ModelSpec, route: Callable[[int, int], Tensor]) -> int:
     """The peak of two real steps under this routing."""
-    torch.manual_seed(0)
-    with CpuMeter() as meter:
-        workload = build(recipe, spec)
-        routed(workload, route)
-        for _ in range(2):
-            train_step(workload, [synthetic_batch(recipe, spec)], learning_rate=1e-4)
-        meter.sample()
-    return meter.peak.allocated_bytes
+    trial = measured_trial(spec, recipe, prepare=lambda workload: routed(workload, route))
+    return trial.peak.allocated_bytes
 
 
 @pytest.mark.parametrize("precision", [NF4, INT4], ids=["nf4", "int4"])
