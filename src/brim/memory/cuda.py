@@ -127,7 +127,12 @@ class _FusedAttention(torch.autograd.Function):
         ctx: Any, query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: Tensor | None, flash: bool
     ) -> Tensor:
         rows, heads, tokens, _ = query_BHTD.shape
-        out_BHTD = query_BHTD.new_empty(rows, tokens, heads, value_BHSD.shape[-1]).transpose(1, 2)
+        # FlashAttention's output lies in memory as q does; the efficient kernel's, with its heads side by side
+        out_BHTD = (
+            torch.empty_like(query_BHTD)
+            if flash
+            else query_BHTD.new_empty(rows, tokens, heads, value_BHSD.shape[-1]).transpose(1, 2)
+        )
         # the efficient kernel's log-sum-exps are aligned to 32 (kAlignLSE)
         lse_tokens = tokens if flash else _rounded(tokens, 32)
         lse_BHT = query_BHTD.new_empty(rows, heads, lse_tokens, dtype=torch.float32)
