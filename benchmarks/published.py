@@ -49,6 +49,10 @@ _PROJECTIONS = {
 }  # fmt: skip
 
 
+_LITGPT_TARGETS = {
+    "q": "query", "k": "key", "v": "value", "o": "projection", "mlp": "mlp", "lm_head": "head",
+}  # fmt: skip
+
 _DROPOUT = {
     # config_hub's and the script's own default; nothing is sampled, any rate takes as much
     "Lightning-AI/litgpt": 0.05,
@@ -193,8 +197,10 @@ def _quantization(row: Row) -> list[str]:
     if row["quant"] not in _BASES:
         raise Missing(f"quantized base: {row['quant']}")
     settings = _BASES[row["quant"]]
-    if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") and row["quant"] == "bnb-nf4":
-        settings = _BASES["bnb.nf4"]
+    if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt"):
+        # litgpt asks for this version; double quantization is "bnb.nf4-dq" alone
+        plain = _BASES["bnb.nf4"] if row["quant"] == "bnb-nf4" else settings
+        settings = [*plain, "library.packed=bitsandbytes-0.42"]
     # TRL prepares the model, unless it is sharded; fms-acceleration's own plugins cast nothing.
     if "framework_config=baseline-peft-bnb" in row["notes"] and row["parallelism"] == "none":
         return [*settings, "library.frozen=fp32-norms"]
@@ -207,7 +213,10 @@ def _method(row: Row) -> list[str]:
         raise Missing(f"method: {row['method']}")
     if method == "full":
         return ["method=full"]
-    names = json.dumps(_targets(row))
+    if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt"):
+        names = json.dumps([_LITGPT_TARGETS[part] for part in row["lora_targets"].split("+")])
+    else:
+        names = json.dumps(_targets(row))
     adapters = "weights" if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") else "fp32"
     if method == "qlora" and row["parallelism"] != "none":
         adapters = "weights"  # trl/trainer/sft_trainer.py: autocast_adapter_dtype=False for a sharded, packed base
@@ -267,6 +276,9 @@ def _optimizer(row: Row) -> list[str]:
         return []
     if row["optimizer"] in ("adamw_bnb_8bit", "adamw_8bit", "Adam8bit (bnb)"):
         return ["optimizer.name=adamw8bit"]
+    if row["optimizer"].startswith("PagedAdamW"):
+        # FP32 states in managed memory, which is not PyTorch's allocator's (of matrices below 1e5 elements in its)
+        return ["memory.offload=optimizer"]
     # bitsandbytes' paged AdamW keeps states of 32 bits, outside PyTorch's allocator where a matrix is large
     if not re.match(r"(paged)?adamw($| \((torch|adamw_torch|HF Trainer|swift|bnb))", row["optimizer"], re.IGNORECASE):
         raise Missing(f"optimizer: {row['optimizer']}")
@@ -292,7 +304,11 @@ def _attention(row: Row) -> list[str]:
 def _loss(row: Row) -> list[str]:
     text, source = row["fused_or_chunked_loss"], row["source_repo_or_paper"]
     if source.startswith("Lightning-AI/litgpt"):
-        return ["library.loss=litgpt"]
+        loss = "litgpt-full" if row["method"] == "full" else "litgpt"
+        # resource-tables.md, of 2023: the longest row came first and alone, those after it were shorter
+        if row["id"].startswith("litgpt-res"):
+            loss = "litgpt-first"
+        return ["library.model=litgpt", f"library.loss={loss}"]
     if source.startswith("PyPI vramcalc"):
         return ["library.loss=held"]
     if text == "CEWithChunkedOutputLoss":

@@ -24,6 +24,8 @@ class PackedLinear(nn.Linear):
 
     _is_hf_initialized: bool
     """transformers' mark: its initializers, which want floats, keep away."""
+    holds_input = False
+    """Whether its products are bitsandbytes 0.42's (`_HeldProduct`)."""
     is_stored_packed = False
     """Whether its file holds what it holds: nothing is packed as it is loaded."""
 
@@ -81,6 +83,9 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """In the compute format, and back in the input's."""
         bias = None if self.bias is None else self.bias.to(self.compute)
+        if self.holds_input and torch.is_grad_enabled():
+            result: Tensor = _HeldProduct.apply(input.to(self.compute), bias, self)  # type: ignore[no-untyped-call]
+            return result.to(input.dtype)
         return packed_product(input, bias, self, compute=self.compute)
 
 
@@ -119,3 +124,27 @@ class _PackedProduct(torch.autograd.Function):
         grad_input = grad @ held.unpacked() if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return grad_input, grad_bias, None
+
+
+class _HeldProduct(torch.autograd.Function):
+    """bitsandbytes 0.42, autograd/_functions.py, MatMul4Bit: the input is an attribute of the node (not a saved tensor,
+    which backward would free), so it lives as long as the graph; the weight was packed from FP16, comes back in it, and
+    is cast."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias_R: Tensor | None, held: PackedLinear) -> Tensor:
+        result = F.linear(input, _by_way_of_fp16(held), bias_R)
+        ctx.packed = held
+        ctx.input = input if ctx.needs_input_grad[0] else None
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_bias = grads[0].flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_input = grads[0] @ _by_way_of_fp16(ctx.packed) if ctx.needs_input_grad[0] else None
+        return grad_input, grad_bias, None
+
+
+def _by_way_of_fp16(held: PackedLinear) -> Tensor:
+    """weight_RK in the compute format."""
+    return held.packing.unpack(held.held, held.out_features, held.in_features, torch.float16).to(held.compute)

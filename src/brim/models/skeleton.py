@@ -56,20 +56,22 @@ def skeleton(
     task: Task | None = None,
     num_labels: int | None = None,
     swap: Swap | None = None,
+    written: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """The model with random weights on the current device; inside a fake mode, with fake ones.
 
-    `task` decides the head (default: what the model was made for), `num_labels` the size of a classifier's.
+    `task` decides the head (default: what the model was made for), `num_labels` the size of a classifier's; `written`
+    is another library's class for the same config.
     Raises UsageError for a family that transformers does not know, or knows no such head for.
     """
     config = _config_of(spec, num_labels)
-    model_class = _class_of(spec, config, task or spec.task)
     settings = {"dtype": DTYPES[dtype], "attn_implementation": attention}
+    from_config = _class_of(spec, config, task or spec.task).from_config if written is None else written._from_config
     if swap is None:
-        model: PreTrainedModel = model_class.from_config(config, **settings)
+        model: PreTrainedModel = from_config(config, **settings)
     else:
         with unset_fake_temporarily(), _disable_current_modes(), torch.device("meta"):
-            model = model_class.from_config(config, **settings)
+            model = from_config(config, **settings)
             swap.swap(model)
     if not spec.tied_head:
         _untie_head(model)

@@ -69,6 +69,16 @@ def check_runs(recipe: "Recipe") -> None:
     _check_rounding(recipe)
     _check_parallel(recipe)
     library = recipe.library
+    if library.model == "litgpt" and (recipe.training.packing or recipe.method == "qat" or recipe.parallel.tensor > 1):
+        raise RecipeError(
+            'library.model = "litgpt" trains whole rows, without packing, qat or tensor parallelism; '
+            'nearest: library.model = "transformers"'
+        )
+    if library.model == "litgpt" and recipe.task != "causal-lm":
+        raise RecipeError(
+            f'library.model = "litgpt" is a causal language model, and task = "{recipe.task}"; '
+            'nearest: library.model = "transformers"'
+        )
     if library.loss != "brim" and (recipe.memory.loss == "chunked" or recipe.task != "causal-lm"):
         raise RecipeError(
             f'library.loss = "{library.loss}" is a full loss of causal language models; nearest: library.loss = "brim"'
@@ -236,13 +246,18 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'precision.double_quant has no effect: precision.weights is "{recipe.precision.weights}"')
     if recipe.precision.group_size != 128 and recipe.precision.weights != "int4":
         found.append(f'precision.group_size has no effect: precision.weights is "{recipe.precision.weights}"')
+    if recipe.library.packed != "brim" and recipe.precision.weights != "nf4":
+        found.append(f'library.packed has no effect: precision.weights is "{recipe.precision.weights}"')
     if recipe.library.frozen != "compute" and not recipe.precision.packed:
         found.append(f'library.frozen has no effect: precision.weights is "{recipe.precision.weights}"')
     if not recipe.adapts and recipe.lora != Lora():
         found.append(f'[lora] has no effect: method is "{recipe.method}"')
     if recipe.method != "qat" and recipe.qat != Qat():
         found.append(f'[qat] has no effect: method is "{recipe.method}"')
-    if recipe.library.loss in ("brim", "litgpt") and recipe.library.cross_entropy != "operators":
+    if (
+        recipe.library.loss in ("brim", "litgpt", "litgpt-first", "litgpt-full")
+        and recipe.library.cross_entropy != "operators"
+    ):
         found.append(f'library.cross_entropy has no effect: library.loss is "{recipe.library.loss}"')
     if recipe.optimizer.name != "adamw" and recipe.library.adamw != "fused":
         found.append(f'library.adamw has no effect: optimizer.name is "{recipe.optimizer.name}"')

@@ -106,8 +106,9 @@ class Library:
     """Whose code runs: Brim's own, or other libraries' way of the same step, to compare with a run of theirs."""
 
     loss: Literal[
-        "brim", "transformers-16bit", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held", "litgpt"
-    ] = "brim"
+        "brim", "transformers-16bit", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held",
+        "litgpt", "litgpt-first", "litgpt-full",
+    ] = "brim"  # fmt: skip
     """What each holds is said in training/generations.py."""
     cross_entropy: Literal["operators", "in-place"] = "operators"
     """in-place: one kernel that writes the logits' gradient over them (unsloth, fms-acceleration)."""
@@ -119,6 +120,11 @@ class Library:
     """Format of what a packed base keeps unpacked (embeddings, norms, head): the compute format; FP32, as PEFT's
     `prepare_model_for_kbit_training` casts it; or FP32 for norms alone, as TRL's `peft_module_casting_to_bf16` leaves
     it after that: each residual and what is kept of it is then FP32, too."""
+    model: Literal["transformers", "litgpt"] = "transformers"
+    """litgpt: its one decoder for all families and its own adapters (training/litgpt.py), with random weights alone;
+    lora.targets are then query, key, value, projection, mlp, head."""
+    packed: Literal["brim", "bitsandbytes-0.42"] = "brim"
+    """bitsandbytes-0.42: a product's node keeps its input as long as the graph, and unpacks by way of FP16."""
     norm: Literal["operators", "fused"] = "operators"
     """fused: RMS norms keep their input as it is and one number a row, as Liger's and unsloth's kernels do."""
     sharding: Literal["fsdp2", "fsdp1"] = "fsdp2"

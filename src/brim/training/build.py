@@ -22,6 +22,8 @@ from brim.training.copies import Shares
 from brim.training.fake_quantized import quantize_fake, scales_of
 from brim.training.fused_norm import fuse_norms
 from brim.training.head import LossModule, OutputHead
+from brim.training.litgpt import Litgpt
+from brim.training.litgpt_lora import add_litgpt_lora
 from brim.training.loss_scale import LossScale
 from brim.training.matrices import divide_matrices
 from brim.training.optimizer import Stepper
@@ -105,7 +107,9 @@ def build(
     if recipe.method == "qat":
         quantize_fake(base, recipe)
     model: nn.Module = base
-    if recipe.adapts:
+    if recipe.adapts and isinstance(base, Litgpt):
+        add_litgpt_lora(base, recipe.lora)
+    elif recipe.adapts:
         model = add_lora(base, recipe)
     divided = None if ranks.mesh is None or recipe.parallel.tensor == 1 else ranks.mesh["tensor"]
     summed = [] if divided is None else divide_matrices(base, recipe, divided)
@@ -193,8 +197,16 @@ def base_model(
     dtype, attention, task = recipe.plain_format, _transformers_name(recipe.memory.attention), recipe.task
     swap = PackedBase(recipe) if recipe.precision.packed else None
     num_labels = recipe.num_labels if task == "sequence-classification" else None
+    if recipe.library.model == "litgpt" and weights is not None:
+        raise RecipeError(
+            f'library.model = "litgpt" has random weights alone, and {spec.name} is to be read; '
+            'nearest: library.model = "transformers"'
+        )
     if weights is None:
+        written = Litgpt if recipe.library.model == "litgpt" else None
         with device:
-            return skeleton(spec, dtype=dtype, attention=attention, task=task, num_labels=num_labels, swap=swap)
+            return skeleton(
+                spec, dtype=dtype, attention=attention, task=task, num_labels=num_labels, swap=swap, written=written
+            )
     model = load(spec, weights, dtype=dtype, attention=attention, task=task, num_labels=num_labels, swap=swap)
     return model if device.type == "cpu" else model.to(device)

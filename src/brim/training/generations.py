@@ -52,15 +52,29 @@ def generation_loss(
     return output.loss, output.logits if name == "held" else None
 
 
-def litgpt_loss(hidden_BTH: Tensor, head: nn.Linear, labels_BT: Tensor, chunk_tokens: int = 128) -> Tensor:
-    """litgpt@26857050, utils.py chunked_cross_entropy: logits stay, 128 tokens at a time, in the head's own format."""
-    chunks = [head(hidden) for hidden in hidden_BTH.split(chunk_tokens, dim=1)]
-    labels = labels_BT.split(chunk_tokens, dim=1)
+def litgpt_loss(
+    hidden_BTH: Tensor, head: nn.Module, labels_BT: Tensor, *, whole: bool, chunk_tokens: int = 128
+) -> tuple[Tensor, list[Tensor]]:
+    """litgpt@26857050, utils.py chunked_cross_entropy, 128 tokens at a time, and the logits that its caller binds.
+
+    Fabric turns what a model returns into FP32 (lightning 2.3, plugins/precision/half.py, convert_output). finetune/
+    lora.py makes logits chunk by chunk; `whole`: finetune/full.py makes them at once and cuts the last position off.
+    """
+    if whole:
+        logits = [head(hidden_BTH).float()]
+        parts_NV = logits[0][..., :-1, :].flatten(0, 1).split(chunk_tokens)
+        labels = labels_BT[..., :-1].flatten().split(chunk_tokens)
+    else:
+        logits = [head(hidden) for hidden in hidden_BTH.split(chunk_tokens, dim=1)]
+        logits = [part.float() for part in logits]
+        logits[-1] = logits[-1][..., :-1, :]
+        parts_NV = tuple(part.flatten(0, 1) for part in logits)
+        labels = tuple(part.flatten() for part in labels_BT[..., :-1].split(chunk_tokens, dim=1))
     losses = [
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-        for logits, targets in zip(chunks, labels, strict=True)
+        F.cross_entropy(part, targets, ignore_index=IGNORED, reduction="none")
+        for part, targets in zip(parts_NV, labels, strict=True)
     ]
-    return torch.cat(losses).float().sum()
+    return torch.cat(losses).sum(), logits
 
 
 def _shifted_logits(logits_BTV: Tensor, labels_BT: Tensor, cross_entropy: Loss) -> Tensor:

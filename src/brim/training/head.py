@@ -16,6 +16,7 @@ from brim.layers.chunked_loss import IGNORED, Finish, chunked_cross_entropy
 from brim.memory import owners
 from brim.recipe import Library, Task
 from brim.training.generations import generation_loss, litgpt_loss
+from brim.training.litgpt_lora import Adapted
 
 _CLASSIFIERS = ("score", "classifier", "classification_head", "logits_proj")
 """What families call a classifier's head."""
@@ -37,11 +38,12 @@ class OutputHead:
         self._base = base
         self._library = library or Library()
         self._linear = base.get_output_embeddings()
-        if not isinstance(self._linear, nn.Linear):
+        if not isinstance(self._linear, nn.Linear | Adapted):
             raise RecipeError(
                 f"{type(base).__name__} has no linear output head: it cannot be trained as a language model"
             )
         self._finish = finish_of(base)
+        self._bound: list[Tensor] = []
         self._linear.register_forward_pre_hook(_watch)
 
     @property
@@ -72,10 +74,16 @@ class OutputHead:
         return chunked_cross_entropy(hidden_NH, self._linear, labels_N, scale=scale, finish=self._finish)
 
     def _by_library(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor, *, scale: float) -> Tensor:
-        if self._library.loss == "litgpt":
+        if self._library.loss.startswith("litgpt"):
             hidden_BTH = self.hidden_states(model, inputs)
             owners.switch("loss")
-            return litgpt_loss(hidden_BTH, self._linear, labels_BT) * scale
+            total, logits = litgpt_loss(hidden_BTH, self._linear, labels_BT, whole=self._library.loss == "litgpt-full")
+            loss = total * scale
+            if self._library.loss == "litgpt-first":
+                loss.held = logits  # type: ignore[attr-defined]
+            else:
+                self._bound = logits  # a name of the loop's: it and its graph live until the next batch has its own
+            return loss
         total, held = generation_loss(
             self._library.loss,
             self._base,

@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from brim.errors import RecipeError
 from brim.layers.experts import are_packable, fused_experts
+from brim.layers.packed_linear import PackedLinear
 from brim.layers.packed_loading import loading
 from brim.layers.packed_model import fill, packed_module
 from brim.layers.packing import Int4, Int8, Nf4, Packing
@@ -31,10 +32,13 @@ class PackedBase:
         self._packing = packing_of(recipe.precision)
         self._compute = DTYPES[recipe.precision.compute]
         self._task = recipe.task
+        self._library = recipe.library
 
     def swap(self, model: PreTrainedModel) -> None:
         """Raises RecipeError where there is nothing to pack."""
         kept, inner = set(model._keep_in_fp32_modules or ()), inner_linears(model, self._task)
+        if self._library.model == "litgpt":
+            inner = _any_linear  # Fabric's plugin puts its class in the place of nn.Linear's, the head's too
 
         def match(name: str, module: nn.Module) -> bool:
             return (inner(name, module) or are_packable(module)) and not kept & set(name.split("."))
@@ -53,7 +57,10 @@ class PackedBase:
             break
 
     def _packed(self, module: nn.Module) -> nn.Module:
-        return packed_module(module, packing=self._packing, compute=self._compute)
+        packed = packed_module(module, packing=self._packing, compute=self._compute)
+        if isinstance(packed, PackedLinear):
+            packed.holds_input = self._library.packed == "bitsandbytes-0.42"
+        return packed
 
     def fill(self, model: PreTrainedModel) -> None:
         fill(model)
@@ -63,6 +70,10 @@ class PackedBase:
 
     def loading(self) -> QuantizationConfigMixin:
         return loading(self)
+
+
+def _any_linear(_: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
 
 
 def cast_norms(model: nn.Module) -> None:
