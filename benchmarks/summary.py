@@ -130,7 +130,11 @@ def reason(outcome: Outcome) -> str:
     if source.startswith("QwenLM"):
         return "which counter was read is not said; Qwen's own code (full: 24 bytes a parameter) rehearsed as Qwen2"
     if source.startswith("Lightning-AI"):
-        return "litgpt's own model code, rehearsed as transformers'; it keeps about five hidden states more a layer"
+        if row["parallelism"].startswith("fsdp"):
+            return (
+                "FSDP1 without synchronization keeps the gradient of each whole unit, frozen weights too: not modelled"
+            )
+        return "not explained: the code of mid-2023, before litgpt's versions on PyPI"
     if row["memory_kind"] == "nvidia-smi":
         return "reserved depends on the order of every allocation since the start: loading, warm-up and evaluation too"
     if "autocast" in row["compute_dtype"]:

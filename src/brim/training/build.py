@@ -172,7 +172,7 @@ def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
     if recipe.task != spec.task and not classifies:
         raise RecipeError(f'task = "{recipe.task}" does not go with {spec.name}; nearest: task = "{spec.task}"')
     kernels = attention_kernels(spec, task=recipe.task)
-    if _transformers_name(recipe.memory.attention) not in kernels:
+    if recipe.library.model == "transformers" and _transformers_name(recipe.memory.attention) not in kernels:
         raise RecipeError(
             f'memory.attention = "{recipe.memory.attention}" cannot run: transformers has none for the family '
             f'{spec.model_type!r}; nearest: memory.attention = "{kernels[0]}"'

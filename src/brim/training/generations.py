@@ -52,29 +52,35 @@ def generation_loss(
     return output.loss, output.logits if name == "held" else None
 
 
-def litgpt_loss(
-    hidden_BTH: Tensor, head: nn.Module, labels_BT: Tensor, *, whole: bool, chunk_tokens: int = 128
-) -> tuple[Tensor, list[Tensor]]:
-    """litgpt@26857050, utils.py chunked_cross_entropy, 128 tokens at a time, and the logits that its caller binds.
+_CHUNK_TOKENS = 128
 
-    Fabric turns what a model returns into FP32 (lightning 2.3, plugins/precision/half.py, convert_output). finetune/
-    lora.py makes logits chunk by chunk; `whole`: finetune/full.py makes them at once and cuts the last position off.
+
+def litgpt_logits(hidden_BTH: Tensor, head: nn.Module, *, whole: bool) -> list[Tensor]:
+    """litgpt@26857050, finetune/lora.py: chunk by chunk; `whole`: at once (finetune/full.py). The last position is cut.
+
+    Fabric turns what a model returns into FP32 (lightning 2.3, plugins/precision/half.py, convert_output).
     """
-    if whole:
-        logits = [head(hidden_BTH).float()]
-        parts_NV = logits[0][..., :-1, :].flatten(0, 1).split(chunk_tokens)
-        labels = labels_BT[..., :-1].flatten().split(chunk_tokens)
-    else:
-        logits = [head(hidden) for hidden in hidden_BTH.split(chunk_tokens, dim=1)]
-        logits = [part.float() for part in logits]
+    logits = [head(hidden) for hidden in hidden_BTH.split(hidden_BTH.shape[1] if whole else _CHUNK_TOKENS, dim=1)]
+    logits = [part.float() for part in logits]
+    if not whole:
         logits[-1] = logits[-1][..., :-1, :]
+    return logits
+
+
+def litgpt_loss(logits: list[Tensor], labels_BT: Tensor, *, whole: bool) -> Tensor:
+    """litgpt@26857050, utils.py, chunked_cross_entropy: 128 tokens at a time."""
+    labels_BT = labels_BT[..., :-1]
+    if whole:
+        parts_NV = logits[0][..., :-1, :].flatten(0, 1).split(_CHUNK_TOKENS)
+        labels = labels_BT.flatten().split(_CHUNK_TOKENS)
+    else:
         parts_NV = tuple(part.flatten(0, 1) for part in logits)
-        labels = tuple(part.flatten() for part in labels_BT[..., :-1].split(chunk_tokens, dim=1))
+        labels = tuple(part.flatten() for part in labels_BT.split(_CHUNK_TOKENS, dim=1))
     losses = [
         F.cross_entropy(part, targets, ignore_index=IGNORED, reduction="none")
-        for part, targets in zip(parts_NV, labels, strict=True)
+        for part, targets in zip(parts_NV, labels, strict=False)
     ]
-    return torch.cat(losses).sum(), logits
+    return torch.cat(losses).sum()
 
 
 def _shifted_logits(logits_BTV: Tensor, labels_BT: Tensor, cross_entropy: Loss) -> Tensor:

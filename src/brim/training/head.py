@@ -15,7 +15,7 @@ from brim.errors import RecipeError
 from brim.layers.chunked_loss import IGNORED, Finish, chunked_cross_entropy
 from brim.memory import owners
 from brim.recipe import Library, Task
-from brim.training.generations import generation_loss, litgpt_loss
+from brim.training.generations import generation_loss, litgpt_logits, litgpt_loss
 from brim.training.litgpt_lora import Adapted
 
 _CLASSIFIERS = ("score", "classifier", "classification_head", "logits_proj")
@@ -74,16 +74,10 @@ class OutputHead:
         return chunked_cross_entropy(hidden_NH, self._linear, labels_N, scale=scale, finish=self._finish)
 
     def _by_library(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor, *, scale: float) -> Tensor:
+        if self._library.loss == "litgpt-first":
+            self._bound = []  # nothing before was as long
         if self._library.loss.startswith("litgpt"):
-            hidden_BTH = self.hidden_states(model, inputs)
-            owners.switch("loss")
-            total, logits = litgpt_loss(hidden_BTH, self._linear, labels_BT, whole=self._library.loss == "litgpt-full")
-            loss = total * scale
-            if self._library.loss == "litgpt-first":
-                loss.held = logits  # type: ignore[attr-defined]
-            else:
-                self._bound = logits  # a name of the loop's: it and its graph live until the next batch has its own
-            return loss
+            return self._by_litgpt(model, inputs, labels_BT) * scale
         total, held = generation_loss(
             self._library.loss,
             self._base,
@@ -95,6 +89,15 @@ class OutputHead:
         loss = total * scale
         loss.held = held  # type: ignore[attr-defined]  # lives as long as the loss: through backward
         return loss
+
+    def _by_litgpt(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:
+        whole = self._library.loss == "litgpt-full"
+        hidden_BTH = self.hidden_states(model, inputs)
+        owners.switch("loss")
+        # A name of the loop's: logits and the graph behind them live until the next batch's forward has its own.
+        self._bound = litgpt_logits(hidden_BTH, self._linear, whole=whole)
+        del hidden_BTH
+        return litgpt_loss(self._bound, labels_BT, whole=whole)
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """hidden_BTH: what the model hands to its head, where it stops: nothing after the head runs on it."""

@@ -11,6 +11,7 @@ Weights are random: files in Hugging Face form hold q, k and v apart. Sliding wi
 other memory). Shapes: B rows, T tokens, H hidden size, N heads, D elements of a head, G groups of heads.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ _STYLES = {
 }
 
 
-class Litgpt(PreTrainedModel):
+class Litgpt(PreTrainedModel):  # type: ignore[misc]
     """The decoder of a transformers config, as litgpt builds it; takes no padding mask."""
 
     config_class = PretrainedConfig
@@ -74,8 +75,14 @@ class Litgpt(PreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.h = nn.ModuleList(Block(config, style) for _ in range(config.num_hidden_layers))
         self.ln_f = _norm(config, style)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=style.head_bias)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=style.head_bias)
         self.post_init()
+
+    @property
+    def blocks(self) -> Iterator["Block"]:
+        for block in self.h:
+            assert isinstance(block, Block)
+            yield block
 
     def get_input_embeddings(self) -> nn.Module:
         return self.wte
@@ -93,7 +100,7 @@ class Litgpt(PreTrainedModel):
         return CausalLMOutput(logits=self.lm_head(self.ln_f(x_BTH)))
 
 
-class Block(GradientCheckpointingLayer):
+class Block(GradientCheckpointingLayer):  # type: ignore[misc]
     def __init__(self, config: PretrainedConfig, style: Style) -> None:
         super().__init__()
         self.style = style
@@ -122,8 +129,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.groups, self.head_dim = heads_of(config)
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
-        self.attn = nn.Linear(config.hidden_size, (self.heads + 2 * self.groups) * self.head_dim, bias=style.bias)
-        self.proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=style.bias)
+        self.attn: nn.Module = nn.Linear(
+            config.hidden_size, (self.heads + 2 * self.groups) * self.head_dim, bias=style.bias
+        )
+        self.proj: nn.Module = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=style.bias)
 
     def forward(self, x_BTH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         rows, tokens, _ = x_BTH.shape

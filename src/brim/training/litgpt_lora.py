@@ -38,12 +38,14 @@ class Adapted(nn.Module):
 class AdaptedQKV(Adapted):
     """Of the interleaved product of q, k and v, where not all parts need have an adapter."""
 
+    index: Tensor
+
     def __init__(self, attention: Attention, lora: Lora, enabled: tuple[bool, bool, bool]) -> None:
         sizes = (attention.heads, attention.groups, attention.groups)
         self.shapes = [
             count * attention.head_dim for count, is_on in zip(sizes, enabled, strict=True) if is_on
         ]  # before there are modules
-        super().__init__(attention.attn, lora, outputs=sum(self.shapes), parts=len(self.shapes))
+        super().__init__(_linear(attention.attn), lora, outputs=sum(self.shapes), parts=len(self.shapes))
         self.grouped = attention.groups != attention.heads
         self.all = all(enabled)
         self.register_buffer("index", _places(attention, enabled), persistent=False)
@@ -91,9 +93,9 @@ def add_litgpt_lora(model: Litgpt, lora: Lora) -> None:
     model.requires_grad_(False)
     dtype = model.wte.weight.dtype
     enabled = ("query" in targets, "key" in targets, "value" in targets)
-    for block in model.h:
+    for block in model.blocks:
         if any(enabled):
-            block.attn.attn = AdaptedQKV(block.attn, lora, enabled).to(dtype)
+            block.attn.attn = _in_format(AdaptedQKV(block.attn, lora, enabled), dtype)
         if "projection" in targets:
             block.attn.proj = _adapted(block.attn.proj, lora, dtype)
         if "mlp" in targets:
@@ -104,7 +106,17 @@ def add_litgpt_lora(model: Litgpt, lora: Lora) -> None:
         model.lm_head = _adapted(model.lm_head, lora, dtype)
 
 
-def _adapted(linear: nn.Linear, lora: Lora, dtype: torch.dtype) -> Adapted:
-    adapted = Adapted(linear, lora, outputs=linear.out_features)
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _adapted(module: nn.Module, lora: Lora, dtype: torch.dtype) -> Adapted:
+    linear = _linear(module)
+    return _in_format(Adapted(linear, lora, outputs=linear.out_features), dtype)
+
+
+def _in_format(adapted: Adapted, dtype: torch.dtype) -> Adapted:
+    """The adapter alone: what holds a packed weight stays as it is."""
     adapted.lora_A.data, adapted.lora_B.data = adapted.lora_A.data.to(dtype), adapted.lora_B.data.to(dtype)
     return adapted
