@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Twice quiet: warnings about an index that lacks one package and has the next are noise; errors still show.
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check kills bench qat exactness accuracy quantize-accuracy pins clean
+.PHONY: demo test check kills bench qat exactness accuracy closed-form quantize-accuracy pins clean
 
 demo: $(READY)
 	$(VENV)/bin/brim demo
@@ -42,6 +42,11 @@ accuracy: $(READY)
 	  $(if $(DOCS),--docs docs/accuracy.md) $(if $(LEARN),--learn src/brim/memory/data/gpu_errors.csv)
 	$(PY) -W ignore -m benchmarks.throughput $(if $(LEARN),--learn)
 	$(PY) -W ignore -m benchmarks.step_time $(if $(BUSY),--busy) $(if $(LEARN),--learn)
+	$(PY) -W ignore -m benchmarks.levers $(if $(DOCS),--docs)
+
+# The closed form against rehearsals of the whole catalogue, kept cell by cell; an hour or two; writes docs/closed_form.md.
+closed-form: $(READY)
+	$(PY) -W ignore benchmarks/closed_form.py --docs
 
 # Perplexity by how scales are chosen, against its targets. PEER=PYTHON: that of an environment with llm-compressor, for its
 # GPTQ on the same tokens; DOCS=1 rewrites docs/quantize_accuracy.md. About a quarter of an hour.

@@ -65,6 +65,9 @@ _FSDP1 = ("foundation-model-stack/fms-acceleration", "AnswerDotAI/fsdp_qlora")
 """Through accelerate, and directly; both with reentrant checkpoints, which were the default."""
 
 
+_TORCHTUNE = ("pytorch/torchtune", "meta-pytorch/torchtune")
+
+
 class Missing(Exception):
     """The row cannot be expressed; the text says what is missing."""
 
@@ -274,6 +277,14 @@ def _optimizer(row: Row) -> list[str]:
         return ["optimizer.name=adafactor"]
     if row["optimizer"] == "AdamW (fused)":
         return []
+    if row["source_repo_or_paper"].startswith(_TORCHTUNE):
+        # no clipping is asked for; fused: foreach's temporaries (6 GiB of a 3B model) would not fit in its baseline
+        found = ["optimizer.max_grad_norm=0"]
+        if "optimizer_in_bwd" in row["optimizer"]:
+            found.append("optimizer.in_backward=true")
+        if row["optimizer"].startswith("AdamW8bit"):
+            found.append("optimizer.name=adamw8bit")
+        return found
     if row["optimizer"] in ("adamw_bnb_8bit", "adamw_8bit", "Adam8bit (bnb)"):
         return ["optimizer.name=adamw8bit"]
     if row["optimizer"].startswith("PagedAdamW"):
@@ -287,6 +298,8 @@ def _optimizer(row: Row) -> list[str]:
 
 def _checkpointing(row: Row) -> list[str]:
     text = row["activation_checkpointing"]
+    if text == "full + activation offload":
+        return ["memory.activation_checkpointing=full", "memory.offload=activations"]
     if text not in ("none", "full", "full (use_reentrant=False)"):
         raise Missing(f"activation checkpointing: {text or 'not said'}")
     return [f"memory.activation_checkpointing={text.split()[0]}"]
@@ -311,8 +324,9 @@ def _loss(row: Row) -> list[str]:
         return ["library.model=litgpt", f"library.loss={loss}"]
     if source.startswith("PyPI vramcalc"):
         return ["library.loss=held"]
-    if text == "CEWithChunkedOutputLoss":
-        return ["memory.loss=chunked"]
+    if source.startswith(_TORCHTUNE):
+        whole = "brim" if row["compile"] == "no" else "transformers-4.50"
+        return [f"library.loss={'torchtune' if text == 'CEWithChunkedOutputLoss' else whole}"]
     if text.startswith("fused linear CE"):
         return ["memory.loss=chunked", "library.norm=fused"]
     if "sequence classification" in row["method"]:
@@ -337,9 +351,13 @@ def _transformers_of(row: Row) -> str:
 
 
 def _compile(row: Row) -> list[str]:
-    if row["compile"] == "yes":
+    """torchtune compiles each block and the loss: what is elementwise runs in one kernel, and between its ends nothing
+    is kept."""
+    if row["compile"] != "yes":
+        return []
+    if not row["source_repo_or_paper"].startswith(_TORCHTUNE):
         raise Missing("torch.compile")
-    return []
+    return ["library.norm=fused", "library.activation=fused", "library.cross_entropy=fused"]
 
 
 def _batch(row: Row) -> list[str]:

@@ -41,7 +41,11 @@ def loss_and_gradients(library: str) -> tuple[Tensor, list[Tensor]]:
         "loss=held",
         "loss=litgpt",
         "loss=transformers-16bit",
+        "loss=transformers-4.50 cross_entropy=fused",
+        "loss=torchtune",
+        "loss=torchtune cross_entropy=fused",
         "loss=brim norm=fused",
+        "loss=brim activation=fused",
     ],
 )
 def test_a_library_loss_is_the_loss(library: str) -> None:

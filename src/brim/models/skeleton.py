@@ -69,13 +69,14 @@ def skeleton(
     from_config = _class_of(spec, config, task or spec.task).from_config if written is None else written._from_config
     if swap is None:
         model: PreTrainedModel = from_config(config, **settings)
+        if not spec.tied_head:
+            _untie_head(model)
     else:
         with unset_fake_temporarily(), _disable_current_modes(), torch.device("meta"):
             model = from_config(config, **settings)
             swap.swap(model)
-    if not spec.tied_head:
-        _untie_head(model)
-    if swap is not None:
+            if not spec.tied_head:
+                _untie_head(model)
         _materialize(model)
         swap.fill(model)
         model.initialize_weights()

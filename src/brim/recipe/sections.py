@@ -107,11 +107,12 @@ class Library:
 
     loss: Literal[
         "brim", "transformers-16bit", "transformers-4.40", "transformers-4.46", "transformers-4.50", "held",
-        "litgpt", "litgpt-first", "litgpt-full",
+        "litgpt", "litgpt-first", "litgpt-full", "torchtune",
     ] = "brim"  # fmt: skip
     """What each holds is said in training/generations.py."""
-    cross_entropy: Literal["operators", "in-place"] = "operators"
-    """in-place: one kernel that writes the logits' gradient over them (unsloth, fms-acceleration)."""
+    cross_entropy: Literal["operators", "in-place", "fused"] = "operators"
+    """in-place: one kernel that writes the logits' gradient over them (unsloth, fms-acceleration); fused: beside them
+    (what torch.compile makes of it)."""
     adamw: Literal["fused", "foreach"] = "fused"
     """foreach is PyTorch's default on a GPU: its temporaries are as large as the parameters."""
     adapters: Literal["weights", "fp32"] = "weights"
@@ -127,6 +128,8 @@ class Library:
     """bitsandbytes-0.42: a product's node keeps its input as long as the graph, and unpacks by way of FP16."""
     norm: Literal["operators", "fused"] = "operators"
     """fused: RMS norms keep their input as it is and one number a row, as Liger's and unsloth's kernels do."""
+    activation: Literal["operators", "fused"] = "operators"
+    """fused: gated feed-forwards keep gate and up and nothing between, as Liger's kernel and torch.compile do."""
     sharding: Literal["fsdp2", "fsdp1"] = "fsdp2"
     """fsdp1: beside adapters, no block is gathered ahead in backward (training/sharding.py says why), and what a block
     is run again from, and its gradient, stay until backward ends (training/checkpointing.py)."""

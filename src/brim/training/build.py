@@ -20,6 +20,7 @@ from brim.training.adapters import add_lora
 from brim.training.checkpointing import checkpoint_blocks
 from brim.training.copies import Shares
 from brim.training.fake_quantized import quantize_fake, scales_of
+from brim.training.fused_gate import fuse_gates
 from brim.training.fused_norm import fuse_norms
 from brim.training.head import LossModule, OutputHead
 from brim.training.litgpt import Litgpt
@@ -104,6 +105,8 @@ def build(
         check_takes_positions(base)
     if recipe.library.norm == "fused":
         fuse_norms(base)
+    if recipe.library.activation == "fused":
+        fuse_gates(base)
     if recipe.method == "qat":
         quantize_fake(base, recipe)
     model: nn.Module = base

@@ -19,7 +19,7 @@ Loss = Callable[..., Tensor]
 
 
 def generation_loss(
-    name: str, base: PreTrainedModel, model: nn.Module, inputs: Inputs, labels_BT: Tensor, *, in_place: bool
+    name: str, base: PreTrainedModel, model: nn.Module, inputs: Inputs, labels_BT: Tensor, *, kind: str
 ) -> tuple[Tensor, Tensor | None]:
     """Summed cross-entropy by the named library, and what its users keep alive through backward (or None).
 
@@ -29,9 +29,10 @@ def generation_loss(
     transformers-4.50 (and later): labels are shifted instead.
     held: transformers-4.50, with the model's output bound to a name while backward runs.
 
-    `in_place`: a kernel keeps the logits alone and writes their gradient over them (unsloth, fms-acceleration).
+    `kind` of cross-entropy: operators; in-place, a kernel that keeps the logits alone and writes their gradient over
+    them (unsloth, fms-acceleration); or fused, the same beside them (torch.compile).
     """
-    cross_entropy: Loss = _FastCrossEntropy.apply if in_place else _cross_entropy
+    cross_entropy = _CROSS_ENTROPIES[kind]
     if name in ("transformers-16bit", "transformers-4.40"):
         logits_BTV = model(**inputs).logits
         if name == "transformers-4.40":
@@ -83,6 +84,19 @@ def litgpt_loss(logits: list[Tensor], labels_BT: Tensor, *, whole: bool) -> Tens
     return torch.cat(losses).sum()
 
 
+def torchtune_loss(hidden_BTH: Tensor, head: nn.Linear, labels_BT: Tensor, kind: str, num_chunks: int = 8) -> Tensor:
+    """torchtune 0.5, modules/loss/ce_chunked_output_loss.py: logits of eight chunks stay, each is upcast in its own
+    cross-entropy."""
+    chunks = [head(hidden_BCH) for hidden_BCH in hidden_BTH.chunk(num_chunks, dim=1)]
+    labels = labels_BT.chunk(num_chunks, dim=1)
+    total = hidden_BTH.new_zeros((), dtype=torch.float32)
+    for logits_BCV, labels_BC in zip(chunks, labels, strict=True):
+        # compiled, the upcast is inside the kernel
+        logits_NV = (logits_BCV if kind == "fused" else logits_BCV.float()).flatten(0, 1)
+        total = total + _CROSS_ENTROPIES[kind](logits_NV, labels_BC.flatten()).float()
+    return total
+
+
 def _shifted_logits(logits_BTV: Tensor, labels_BT: Tensor, cross_entropy: Loss) -> Tensor:
     shifted_BTV = logits_BTV[..., :-1, :].contiguous()
     return cross_entropy(shifted_BTV.flatten(0, 1), labels_BT[..., :-1].flatten())
@@ -93,10 +107,11 @@ def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 
 class _FastCrossEntropy(torch.autograd.Function):
-    """Keeps the logits and a log-sum-exp; backward turns the logits into their gradient in place."""
+    """Keeps the logits and a log-sum-exp; backward turns the logits into their gradient, in place or in a copy."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, writes_over: bool) -> Tensor:
+        ctx.writes_over = writes_over
         lse_N = torch.logsumexp(logits_NV, dim=-1)
         known_N = labels_N != IGNORED
         chosen_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0]
@@ -106,7 +121,15 @@ class _FastCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits_NV, lse_N, labels_N = ctx.saved_tensors
-        logits_NV = logits_NV.detach()  # written over: nobody reads the logits again
-        logits_NV.sub_(lse_N[:, None]).exp_()
+        # written over: nobody reads the logits again
+        logits_NV = logits_NV.detach().sub_(lse_N[:, None]) if ctx.writes_over else logits_NV - lse_N[:, None]
+        logits_NV.exp_()
         logits_NV.scatter_add_(1, labels_N.clamp(min=0)[:, None], -torch.ones_like(lse_N)[:, None])
-        return logits_NV.mul_((gradients[0] * (labels_N != IGNORED))[:, None]), None
+        return logits_NV.mul_((gradients[0] * (labels_N != IGNORED))[:, None]), None, None
+
+
+_CROSS_ENTROPIES: dict[str, Loss] = {
+    "operators": _cross_entropy,
+    "in-place": lambda logits_NV, labels_N: _FastCrossEntropy.apply(logits_NV, labels_N, True),
+    "fused": lambda logits_NV, labels_N: _FastCrossEntropy.apply(logits_NV, labels_N, False),
+}

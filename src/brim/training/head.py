@@ -15,7 +15,7 @@ from brim.errors import RecipeError
 from brim.layers.chunked_loss import IGNORED, Finish, chunked_cross_entropy
 from brim.memory import owners
 from brim.recipe import Library, Task
-from brim.training.generations import generation_loss, litgpt_logits, litgpt_loss
+from brim.training.generations import generation_loss, litgpt_logits, litgpt_loss, torchtune_loss
 from brim.training.litgpt_lora import Adapted
 
 _CLASSIFIERS = ("score", "classifier", "classification_head", "logits_proj")
@@ -78,14 +78,12 @@ class OutputHead:
             self._bound = []  # nothing before was as long
         if self._library.loss.startswith("litgpt"):
             return self._by_litgpt(model, inputs, labels_BT) * scale
-        total, held = generation_loss(
-            self._library.loss,
-            self._base,
-            model,
-            inputs,
-            labels_BT,
-            in_place=self._library.cross_entropy == "in-place",
-        )
+        kind = self._library.cross_entropy
+        if self._library.loss == "torchtune":
+            hidden_BTH = self.hidden_states(model, inputs)
+            owners.switch("loss")
+            return torchtune_loss(hidden_BTH, self._linear, labels_BT, kind) * scale
+        total, held = generation_loss(self._library.loss, self._base, model, inputs, labels_BT, kind=kind)
         loss = total * scale
         loss.held = held  # type: ignore[attr-defined]  # lives as long as the loss: through backward
         return loss
