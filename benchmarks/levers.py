@@ -42,7 +42,8 @@ Written by `make accuracy DOCS=1` (benchmarks/levers.py): Llama-3.2-3B, 2 rows o
 adds a lever to the one before, the last two take adapters instead of the optimizer's levers. *Published* is the peak of
 active memory in torchtune's README, *predicted* the rehearsal's allocated peak. Nothing is fitted: what compiling
 a block or the loss keeps is said in `library.norm`, `library.activation` and `library.cross_entropy`. The baseline's
-rows were Alpaca's own, of unknown length; its peak is the optimizer's step whatever the length, as long as rows are short."""
+rows were Alpaca's own, of unknown length; its peak is the optimizer's step whatever the length, as long as rows are
+short."""
 
 
 @dataclass(frozen=True, kw_only=True)
