@@ -128,8 +128,14 @@ class _FastCrossEntropy(torch.autograd.Function):
         return logits_NV.mul_((gradients[0] * (labels_N != IGNORED))[:, None]), None, None
 
 
-_CROSS_ENTROPIES: dict[str, Loss] = {
-    "operators": _cross_entropy,
-    "in-place": lambda logits_NV, labels_N: _FastCrossEntropy.apply(logits_NV, labels_N, True),
-    "fused": lambda logits_NV, labels_N: _FastCrossEntropy.apply(logits_NV, labels_N, False),
-}
+def _in_place(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    loss: Tensor = _FastCrossEntropy.apply(logits_NV, labels_N, True)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _fused(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    loss: Tensor = _FastCrossEntropy.apply(logits_NV, labels_N, False)  # type: ignore[no-untyped-call]
+    return loss
+
+
+_CROSS_ENTROPIES: dict[str, Loss] = {"operators": _cross_entropy, "in-place": _in_place, "fused": _fused}
