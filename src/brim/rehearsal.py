@@ -96,7 +96,7 @@ def _step_time(spec: ModelSpec, recipe: Recipe, device: Device, work: StepWork) 
 
 def _offload_in_vain(recipe: Recipe, device: Device) -> list[str]:
     if device.kind == "cpu" and recipe.memory.offload != "none":
-        return ["memory.offload saves nothing on a CPU, whose memory is the host's: it costs a copy of the weights"]
+        return ["memory.offload saves nothing on a CPU, whose memory is the host's: it costs copies"]
     return []
 
 

@@ -42,6 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 FP32 = ("precision.weights=fp32", "precision.compute=fp32")
 FP16 = ("precision.weights=fp16", "precision.compute=fp16")
 IN_BACKWARD = ("optimizer.in_backward=true", "optimizer.max_grad_norm=0.0")
+CHECKPOINTED = "memory.activation_checkpointing=full"
 NF4 = ("method=qlora", "precision.weights=nf4")
 LEVERS: dict[str, tuple[str, ...]] = {
     "fp32": FP32,
@@ -95,6 +96,19 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "offloaded, bf16, lora": ("memory.offload=optimizer", "method=lora"),
     "offloaded, master": ("memory.offload=optimizer", "precision.master=fp32"),
     "offloaded, in backward, 8 bits": ("memory.offload=optimizer", "optimizer.name=adamw8bit", *IN_BACKWARD),
+    "kept on the host": ("memory.offload=activations", *FP32),
+    "kept on the host, autocast, chunked": (
+        "memory.offload=activations",
+        "precision.weights=fp32",
+        "memory.loss=chunked",
+    ),
+    "kept on the host, checkpointed, lora": ("memory.offload=activations", CHECKPOINTED, "method=lora"),
+    "weights on the host": ("memory.offload=weights", *FP32),
+    "weights on the host, checkpointed, qlora": ("memory.offload=weights", CHECKPOINTED, *NF4),
+    "all on the host": ("memory.offload=all", "grad_accumulation=2"),
+    "all on the host, master, lora": ("memory.offload=all", "precision.master=fp32", "method=lora"),
+    "all on the host, checkpointed, in backward": ("memory.offload=all", CHECKPOINTED, *IN_BACKWARD, *FP32),
+    "all on the host, qlora, 8 bits": ("memory.offload=all", "optimizer.name=adamw8bit", *NF4),
     "packed": ("training.packing=true", *FP32),
     "packed, flash": ("training.packing=true", "memory.attention=flash"),
     "packed, checkpointed": ("training.packing=true", "memory.activation_checkpointing=full"),

@@ -153,6 +153,33 @@ def test_what_is_offloaded_is_not_on_the_gpu(settings: tuple[str, ...]) -> None:
     assert apart.step_time_s > here.step_time_s
 
 
+@pytest.mark.parametrize("settings", [(), ("memory.activation_checkpointing=full", "memory.loss=chunked")])
+def test_of_offloaded_blocks_the_gpu_has_one_at_a_time(settings: tuple[str, ...]) -> None:
+    """What blocks keep is on the host but for what is at work; so are their weights, all states and all gradients of
+    them, and only tables and the last norm have a second copy there."""
+    recipe = Recipe(model="smollm2-135m", seq_len=128, micro_batch_size=2).with_settings(settings)
+    kept, both = (
+        predicted(recipe.with_settings([f"memory.offload={kind}"]), find("a100")) for kind in ("activations", "all")
+    )
+    here = predicted(recipe, find("a100"))
+    spec = describe(recipe.model)
+    tables = 2 * spec.vocab_size * spec.hidden_size
+    block = (2 * spec.num_parameters - tables) // spec.num_layers
+    tokens = 2 * 128
+    boundaries = 2 * tokens * spec.hidden_size * spec.num_layers
+    assert kept.peak.host_bytes is not None and both.peak.host_bytes is not None
+    assert kept.peak.host_bytes >= boundaries
+    assert kept.peak.allocated_bytes <= here.peak.allocated_bytes
+    assert tables <= both.ledger.weights < 1.01 * tables
+    assert both.ledger.optimizer == 0 and both.ledger.gathered < 2 * block
+    widest = 2 * tokens * spec.intermediate_size
+    assert both.ledger.activations < (30 if settings else 6) * widest + tables
+    # weights of blocks with their gradients, two states of each weight, and the tables' copy with its gradient
+    least = 2 * (2 * spec.num_parameters - tables) + 4 * spec.num_parameters + tables
+    assert least < both.peak.host_bytes < 1.02 * (least + tables) + kept.peak.host_bytes
+    assert both.step_time_s > kept.step_time_s > here.step_time_s
+
+
 def test_the_command_line_names_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """`brim predict --gpu` prints the three peaks of a GPU that is not here; a typo ends with code 2 and near names."""
     assert main(["predict", "smollm2-135m", "--gpu", "rtx 4090", "--seq-len", "64", "--json"]) == 0

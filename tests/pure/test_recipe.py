@@ -190,7 +190,6 @@ def test_wrong_values_say_what_would_do(key: str, value: object, said: str) -> N
 @pytest.mark.parametrize(
     ("key", "value", "nearest"),
     [
-        ("memory.offload", "all", "memory.offload = optimizer"),
         ("parallel.pipeline", 2, "parallel.pipeline = 1"),
     ],
 )

@@ -169,7 +169,7 @@ def _cells(prediction: Prediction) -> tuple[str, ...]:
         recipe["method"],
         _formats(precision)
         + (", 8-bit" if recipe["optimizer"]["name"] == "adamw8bit" else "")
-        + (", offload" if memory["offload"] != "none" else ""),
+        + {"none": "", "optimizer": ", offload"}.get(memory["offload"], f", offload {memory['offload']}"),
         f"{recipe['micro_batch_size']} x {recipe['grad_accumulation']}",
         memory["activation_checkpointing"],
         memory["loss"],

@@ -9,7 +9,8 @@ How this differs from bitsandbytes' Linear4bit: it can be built on meta and fake
 what it holds as plain buffers. Shapes: R outputs, K inputs.
 """
 
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,34 +97,35 @@ def codes_to_parameters(module: nn.Module, names: tuple[str, ...]) -> None:
         module.register_parameter(name, nn.Parameter(codes, requires_grad=False))
 
 
-class Unpacks(Holds, Protocol):
-    """Whoever holds a packed weight, and can make it."""
-
-    def unpacked(self) -> Tensor:
-        """weight_RK, anew."""
-
-
-def packed_product(input: Tensor, bias_R: Tensor | None, held: Unpacks, *, compute: torch.dtype) -> Tensor:
+def packed_product(input: Tensor, bias_R: Tensor | None, held: Holds, *, compute: torch.dtype) -> Tensor:
     """input @ weight.T + bias in the compute format, and back in the input's."""
     if not torch.is_grad_enabled():
         return product(input, bias_R, held, compute=compute)
-    result: Tensor = _PackedProduct.apply(input.to(compute), bias_R, held)  # type: ignore[no-untyped-call]
+    result: Tensor = _PackedProduct.apply(input.to(compute), bias_R, held, compute)  # type: ignore[no-untyped-call]
     return result.to(input.dtype)
 
 
 class _PackedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, bias_R: Tensor | None, held: Unpacks) -> Tensor:
-        ctx.packed = held
-        return F.linear(input, held.unpacked(), bias_R)
+    def forward(ctx: Any, input: Tensor, bias_R: Tensor | None, held: Holds, compute: torch.dtype) -> Tensor:
+        tensors = held.held
+        ctx.unpack = partial(_unpacked, held.packing, held.out_features, held.in_features, compute, tuple(tensors))
+        # not by way of the layer, whose tensors may be elsewhere by then: autograd knows where
+        ctx.save_for_backward(*tensors.values())
+        return F.linear(input, ctx.unpack(*tensors.values()), bias_R)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        held: Unpacks = ctx.packed
-        grad_input = grad @ held.unpacked() if ctx.needs_input_grad[0] else None
+        grad_input = grad @ ctx.unpack(*ctx.saved_tensors) if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_input, grad_bias, None
+        return grad_input, grad_bias, None, None
+
+
+def _unpacked(
+    packing: Packing, rows: int, inputs: int, compute: torch.dtype, names: tuple[str, ...], *tensors: Tensor
+) -> Tensor:
+    return packing.unpack(dict(zip(names, tensors, strict=True)), rows, inputs, compute)
 
 
 class _HeldProduct(torch.autograd.Function):

@@ -216,9 +216,10 @@ class _Step:
         scales = cost.state_bytes(self.scale_bytes // FP32, FP32)
         if self.has_master:
             return self.trainable * FP32 + cost.state_bytes(self.trainable, FP32) + scales
-        copies = 0
-        if self.recipe.memory.offload != "none":  # of the weights, stepped on the host (on a CPU the same memory)
-            copies = self.trainable * self.terms.weight_bytes
+        copied = {"optimizer": self.trainable}  # of the weights, stepped on the host (on a CPU the same memory)
+        if self.terms.trains_base and self.recipe.memory.offloads_weights:
+            copied[self.recipe.memory.offload] = self.terms.parts.embedding_parameters
+        copies = self.terms.weight_bytes * copied.get(self.recipe.memory.offload, 0)
         return copies + cost.state_bytes(self.trainable, self.terms.weight_bytes) + scales
 
     @property

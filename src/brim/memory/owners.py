@@ -26,6 +26,7 @@ class Listener(Protocol):
 _listeners: list[Listener] = []
 _working_on = "workspace"
 """The line of the last switch."""
+_is_on_host = False
 
 
 @contextmanager
@@ -68,10 +69,27 @@ def claim(line: str, tensors: Iterable[Tensor]) -> None:
 @contextmanager
 def on_host() -> Iterator[None]:
     """What is allocated inside the block is in the host's memory; on a CPU that is the device's."""
-    for listener in _listeners:
-        listener.place(on_host=True)
+    before = _is_on_host
+    _place(on_host=True)
     try:
         yield
     finally:
-        for listener in _listeners:
-            listener.place(on_host=False)
+        _place(on_host=before)
+
+
+@contextmanager
+def on_device() -> Iterator[None]:
+    """What is allocated inside the block is in the device's memory, whatever is around it."""
+    before = _is_on_host
+    _place(on_host=False)
+    try:
+        yield
+    finally:
+        _place(on_host=before)
+
+
+def _place(*, on_host: bool) -> None:
+    global _is_on_host
+    _is_on_host = on_host
+    for listener in _listeners:
+        listener.place(on_host=on_host)

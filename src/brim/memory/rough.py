@@ -48,6 +48,29 @@ def trained_parameters(spec: ModelSpec, recipe: Recipe) -> int:
     return recipe.lora.rank * spec.num_layers * (8 * spec.hidden_size + 3 * (spec.hidden_size + _feed_width(spec)))
 
 
+def block_bytes(spec: ModelSpec, recipe: Recipe) -> int:
+    """What one block keeps for backward, or makes again in it."""
+    return _Parts(spec=spec, recipe=recipe).block
+
+
+def kept_bytes(spec: ModelSpec, recipe: Recipe) -> int:
+    """What all blocks keep for backward: under checkpointing, their inputs."""
+    parts = _Parts(spec=spec, recipe=recipe)
+    checkpointed = recipe.memory.activation_checkpointing != "none"
+    return spec.num_layers * (parts.boundary if checkpointed else parts.block)
+
+
+def table_bytes(spec: ModelSpec, recipe: Recipe) -> int:
+    """Of the weights outside of blocks: the embedding and, where it is another, the head."""
+    parts = _Parts(spec=spec, recipe=recipe)
+    return parts.weight_bytes * parts.tables
+
+
+def weights_of_blocks(spec: ModelSpec, recipe: Recipe) -> int:
+    """Bytes of all that is in blocks."""
+    return _Parts(spec=spec, recipe=recipe).weights - table_bytes(spec, recipe)
+
+
 def _feed_width(spec: ModelSpec) -> int:
     """Of a token's way through the feed-forward: with experts, of those it visits."""
     per_token = spec.config.get("num_experts_per_tok")
@@ -62,7 +85,7 @@ class _Parts:
     recipe: Recipe
 
     @property
-    def _weight_bytes(self) -> int:
+    def weight_bytes(self) -> int:
         return 4 if self.recipe.plain_format == "fp32" else 2
 
     @property
@@ -72,25 +95,29 @@ class _Parts:
     @property
     def weights(self) -> int:
         adapters = 0 if self.recipe.trains_weights else trained_parameters(self.spec, self.recipe)
-        tables = (1 if self.spec.tied_head else 2) * self.spec.vocab_size * self.spec.hidden_size
-        packed = max(0, self.spec.num_parameters - tables) if self.recipe.precision.packed else 0
+        packed = max(0, self.spec.num_parameters - self.tables) if self.recipe.precision.packed else 0
         held = packed * _PACKED_BITS.get(self.recipe.precision.weights, 0) // 8
-        return self._weight_bytes * (self.spec.num_parameters - packed + adapters) + held
+        return self.weight_bytes * (self.spec.num_parameters - packed + adapters) + held
+
+    @property
+    def tables(self) -> int:
+        """Parameters outside of blocks."""
+        return (1 if self.spec.tied_head else 2) * self.spec.vocab_size * self.spec.hidden_size
 
     @property
     def gradients(self) -> int:
         if self.recipe.optimizer.in_backward:  # at most those of one table, or of its two uses
-            return 2 * self._weight_bytes * self.spec.vocab_size * self.spec.hidden_size
-        return self._weight_bytes * trained_parameters(self.spec, self.recipe)
+            return 2 * self.weight_bytes * self.spec.vocab_size * self.spec.hidden_size
+        return self.weight_bytes * trained_parameters(self.spec, self.recipe)
 
     @property
     def optimizer(self) -> int:
-        has_master = self.recipe.precision.master == "fp32" and self._weight_bytes == 2
+        has_master = self.recipe.precision.master == "fp32" and self.weight_bytes == 2
         trained, cost = trained_parameters(self.spec, self.recipe), state_cost(self.recipe.optimizer)
         if has_master:
             return 4 * trained + cost.state_bytes(trained, 4)
-        copies = 0 if self.recipe.memory.offload == "none" else trained * self._weight_bytes
-        return copies + cost.state_bytes(trained, self._weight_bytes)
+        copies = trained * self.weight_bytes if self.recipe.memory.offload == "optimizer" else 0
+        return copies + cost.state_bytes(trained, self.weight_bytes)
 
     @property
     def _tokens(self) -> int:
@@ -106,17 +133,21 @@ class _Parts:
         return linear + (scores if recipe.memory.attention == "eager" else 0)
 
     @property
+    def boundary(self) -> int:
+        """Bytes of one block's input."""
+        return self._compute_bytes * self._tokens * self.spec.hidden_size
+
+    @property
     def activations(self) -> int:
-        boundary = self._compute_bytes * self._tokens * self.spec.hidden_size
         linears = self._compute_bytes * self._tokens * (5 * self.spec.hidden_size + 2 * _feed_width(self.spec))
         if self.recipe.memory.activation_checkpointing == "full":
-            kept = self.spec.num_layers * boundary + self.block
+            kept = self.spec.num_layers * self.boundary + self.block
         elif self.recipe.memory.activation_checkpointing == "selective":
-            kept = self.spec.num_layers * (boundary + linears) + self.block
+            kept = self.spec.num_layers * (self.boundary + linears) + self.block
         else:
             kept = self.spec.num_layers * self.block
         # autocast keeps a BF16 copy of each weight until forward ends
-        is_mixed = self._weight_bytes > self._compute_bytes
+        is_mixed = self.weight_bytes > self._compute_bytes
         return kept + (2 * self.spec.num_parameters if is_mixed else 0)
 
     @property

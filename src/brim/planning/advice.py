@@ -85,8 +85,9 @@ LEVERS = (
         settings=fixed("method=qlora", "precision.weights=nf4"),
         cost="adapters beside a base rounded to 4 bits: less can be learned",
     ),
-    Lever(settings=fixed("memory.offload=optimizer"), cost="states travel to the device and back each step"),
-    Lever(settings=fixed("memory.offload=all"), cost="weights and states travel each step"),
+    Lever(settings=fixed("memory.offload=optimizer"), cost="gradients cross to the host and weights back each step"),
+    Lever(settings=fixed("memory.offload=activations"), cost="what blocks keep crosses to the host and back"),
+    Lever(settings=fixed("memory.offload=all"), cost="weights of blocks and what they keep cross in each micro-batch"),
     Lever(settings=half_the_length, cost="texts are cut in half: longer ones are not learned whole"),
     Lever(settings=twice_the_gpus, cost="twice the GPUs, each with its own rows, joined by their link"),
 )

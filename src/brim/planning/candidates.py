@@ -166,6 +166,12 @@ def _combinations(base: Recipe, constraints: Constraints) -> Iterator[dict[str, 
             settings.get("optimizer.name") == "adamw8bit" or settings.get("memory.offload") == "optimizer"
         ):
             continue
+        # What crosses the link costs more than making it again: blocks' inputs go first, and weights after them.
+        if (
+            settings.get("memory.offload") in ("activations", "all")
+            and settings.get("memory.activation_checkpointing") == "none"
+        ):
+            continue
         if "optimizer.learning_rate" not in constraints.pinned:
             settings["optimizer.learning_rate"] = _LEARNING_RATES.get(method, base.optimizer.learning_rate)
         yield settings
@@ -179,7 +185,7 @@ def _shardings(base: Recipe) -> tuple[Settings, ...]:
 
 
 def _offloads(constraints: Constraints) -> tuple[Settings, ...]:
-    kinds = ("none", "optimizer") if constraints.may_offload else ("none",)
+    kinds = ("none", "optimizer", "activations", "all") if constraints.may_offload else ("none",)
     return tuple({"memory.offload": kind} for kind in kinds)
 
 

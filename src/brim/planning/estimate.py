@@ -6,6 +6,7 @@ from brim.hardware.device import Device
 from brim.memory import closed_form, rough, sharded
 from brim.memory.bands import DEFAULT_RISK, gpu_band
 from brim.memory.constants import context_bytes, cublas_workspace_bytes
+from brim.memory.offloaded import split
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger, Peak, Prediction
@@ -18,15 +19,15 @@ def estimate(
     spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: int, risk: float = DEFAULT_RISK
 ) -> Prediction:
     """Peak and step time without running anything; roughly where the closed form does not know the family or head."""
-    ledger, (low, high) = _ledger(spec, recipe)
+    found, (low, high) = _moments(spec, recipe)
     least, most = published_band(spec, recipe, device, risk)
     reasons: tuple[str, ...] = ()
     if not rough.closed_form_knows(spec, recipe):
         reasons = (f"rough: no closed form for {spec.model_type}, {recipe.task}; a rehearsal is exact",)
     on_gpu = device.kind == "cuda"
-    host_bytes = None
-    if on_gpu and recipe.memory.offload != "none":
-        host_bytes, ledger = ledger.optimizer, replace(ledger, optimizer=0)
+    apart = [split(moment, spec, recipe) if on_gpu else (moment, 0) for moment in found]
+    ledger, _ = max(apart, key=lambda pair: pair[0].total)
+    host_bytes = max(nbytes for _, nbytes in apart) if on_gpu and recipe.memory.offload != "none" else None
     if on_gpu:
         handles = 2 * cublas_workspace_bytes(device)  # forward's thread and backward's
         ledger = replace(ledger, workspace=ledger.workspace + handles, context=context_bytes(device))
@@ -52,18 +53,19 @@ def estimate(
     )
 
 
-def _ledger(spec: ModelSpec, recipe: Recipe) -> tuple[Ledger, tuple[float, float]]:
-    """Of the busiest device's tensors, and how far off it may be."""
+def _moments(spec: ModelSpec, recipe: Recipe) -> tuple[list[Ledger], tuple[float, float]]:
+    """What the busiest device's tensors are at each moment that can be the peak, and how far off that may be."""
     divided = recipe.parallel.data_ranks > 1 and not recipe.parallel.copies_weights
     # the closed form of a sharded step knows no packed base
     if not rough.closed_form_knows(spec, recipe) or (divided and recipe.precision.packed):
         found = rough.rough(spec, recipe)
-        return sharded.divided(found, spec, recipe) if recipe.parallel.data_ranks > 1 else found, rough.ERROR_BAND
+        many = recipe.parallel.data_ranks > 1
+        return [sharded.divided(found, spec, recipe) if many else found], rough.ERROR_BAND
     if divided:
-        return sharded.sharded(spec, recipe), sharded.ERROR_BAND
+        return list(sharded.sharded_moments(spec, recipe).values()), sharded.ERROR_BAND
     if recipe.parallel.data_ranks > 1:
-        return sharded.copied(spec, recipe), sharded.ERROR_BAND
-    return closed_form.closed_form(spec, recipe), closed_form.ERROR_BAND
+        return [sharded.copied(spec, recipe)], sharded.ERROR_BAND
+    return list(closed_form.moments(spec, recipe).values()), closed_form.ERROR_BAND
 
 
 def published_band(spec: ModelSpec, recipe: Recipe, device: Device, risk: float) -> tuple[float, float]:

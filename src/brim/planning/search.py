@@ -248,7 +248,9 @@ def summary(prediction: Prediction) -> str:
 
 
 def _offloaded(recipe: Mapping[str, Any]) -> str:
-    return ", optimizer on the host" if recipe["memory"]["offload"] != "none" else ""
+    words = {"none": "", "all": ", weights and activations on the host"}
+    kind = recipe["memory"]["offload"]
+    return words.get(kind, f", {kind} on the host")
 
 
 def _estimates(spec: ModelSpec, device: Device, constraints: Constraints, budget_bytes: int) -> list[Prediction]:

@@ -40,7 +40,6 @@ def check_ranges(recipe: "Recipe") -> None:
 
 # What this version can run. A row: the key, the values that run, the nearest value to one that does not, and why.
 _RUNS: tuple[tuple[str, frozenset[object], str, str], ...] = (
-    ("memory.offload", frozenset({"none", "optimizer"}), "optimizer", "weights and activations stay on the device"),
     ("parallel.pipeline", frozenset({1}), "1", "stages are not built"),
 )
 
@@ -68,6 +67,7 @@ def check_runs(recipe: "Recipe") -> None:
     _check_dora(recipe)
     _check_rounding(recipe)
     _check_parallel(recipe)
+    _check_offload(recipe)
     library = recipe.library
     if library.model == "litgpt" and (recipe.training.packing or recipe.method == "qat" or recipe.parallel.tensor > 1):
         raise RecipeError(
@@ -84,10 +84,10 @@ def check_runs(recipe: "Recipe") -> None:
             f'library.loss = "{library.loss}" is a full loss of causal language models; nearest: library.loss = "brim"'
         )
     foreach = recipe.optimizer.name == "adamw" and library.adamw == "foreach"
-    if foreach and recipe.memory.offload != "none":
+    if foreach and recipe.memory.offloads_optimizer:
         raise RecipeError(
-            'library.adamw = "foreach" steps all parameters at once, memory.offload = "optimizer" one by one on the '
-            'host; nearest: library.adamw = "fused"'
+            'library.adamw = "foreach" steps all parameters at once, '
+            f'memory.offload = "{recipe.memory.offload}" one by one on the host; nearest: library.adamw = "fused"'
         )
     if foreach and recipe.precision.master == "fp32" and recipe.plain_format != "fp32":
         raise RecipeError(
@@ -99,6 +99,32 @@ def check_runs(recipe: "Recipe") -> None:
         raise RecipeError(
             f'precision.compute = "{compute}" cannot run over precision.weights = "{weights}": a matmul runs in its '
             f'weights\' format, or below FP32; nearest: precision.compute = "{weights}", or precision.weights = "fp32"'
+        )
+
+
+def _check_offload(recipe: "Recipe") -> None:
+    memory, parallel = recipe.memory, recipe.parallel
+    if memory.offload == "none":
+        return
+    if memory.offloads_activations and memory.activation_checkpointing == "selective":
+        raise RecipeError(
+            f'memory.offload = "{memory.offload}" does not reach what memory.activation_checkpointing = "selective" '
+            'keeps, which is not in autograd\'s hands; nearest: memory.activation_checkpointing = "full"'
+        )
+    if parallel.sharding != "none" or parallel.tensor > 1:
+        raise RecipeError(
+            f'memory.offload = "{memory.offload}" steps the weights of one device on its host, and several '
+            'share them; nearest: memory.offload = "none" (zero1, zero2 and zero3 divide the states among the devices)'
+        )
+    if memory.offloads_weights and recipe.library.packed == "bitsandbytes-0.42":
+        raise RecipeError(
+            f'memory.offload = "{memory.offload}" is not seen by library.packed = "bitsandbytes-0.42", whose backward '
+            'reads the layer itself; nearest: memory.offload = "none"'
+        )
+    if memory.offloads_weights and recipe.precision.compute == "fp16":
+        raise RecipeError(
+            f'memory.offload = "{memory.offload}" has gradients in two memories, and the loss scale of FP16 asks for '
+            'their norm in FP32 before any is stepped; nearest: precision.weights = "bf16", precision.compute = "bf16"'
         )
 
 
@@ -209,11 +235,6 @@ def _check_parallel(recipe: "Recipe") -> None:
         raise RecipeError(
             f"parallel.tensor = {parallel.tensor} talks within each layer, and would leave a node of "
             f"{parallel.devices_per_node} devices; nearest: parallel.tensor = {parallel.devices_per_node}"
-        )
-    if recipe.memory.offload != "none" and (parallel.sharding != "none" or parallel.tensor > 1):
-        raise RecipeError(
-            f'memory.offload = "{recipe.memory.offload}" steps the weights of one device on its host, and several '
-            'share them; nearest: memory.offload = "none" (zero1, zero2 and zero3 divide the states among the devices)'
         )
     if parallel.divides_weights or parallel.tensor > 1:
         _check_divided(recipe)

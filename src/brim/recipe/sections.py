@@ -51,8 +51,22 @@ class Memory:
     loss: Literal["full", "chunked"] = "full"
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
     """sdpa takes the best kernel that can run, which may keep all scores; flash takes FlashAttention or refuses."""
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """optimizer: its states and copies of the weights are in the host's memory, and stepped there."""
+    offload: Literal["none", "optimizer", "activations", "weights", "all"] = "none"
+    """What is in the host's memory. optimizer: its states and copies of the weights, which are stepped there.
+    activations: what blocks keep for backward. weights: those of blocks, fetched when a block runs and stepped on the
+    host, and all that the optimizer has. all: weights and activations."""
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self.offload in ("optimizer", "weights", "all")
+
+    @property
+    def offloads_weights(self) -> bool:
+        return self.offload in ("weights", "all")
+
+    @property
+    def offloads_activations(self) -> bool:
+        return self.offload in ("activations", "all")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from brim.hardware.device import Device, MatmulFormat
 from brim.memory import kept
 from brim.memory.anatomy import Block, Linear, Stack, anatomy
 from brim.memory.kept import BF16, FP32, Terms
-from brim.memory.rough import closed_form_knows, trained_parameters
+from brim.memory.rough import closed_form_knows, kept_bytes, trained_parameters, weights_of_blocks
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
@@ -47,14 +47,24 @@ def step_time(spec: ModelSpec, recipe: Recipe, device: Device) -> float:
 
 
 def offloaded_s(spec: ModelSpec, recipe: Recipe) -> float:
-    """Gradients to the host and weights back over the link; the step at the host's bandwidth, nothing overlapped."""
-    if recipe.memory.offload == "none":
-        return 0.0
-    trained = trained_parameters(spec, recipe)
+    """What crosses the link, and the step at the host's bandwidth; nothing overlapped.
+
+    optimizer: gradients to the host and weights back, once a step. Of each micro-batch, weights: those of blocks twice
+    to the device (forward, and backward or what it runs again), gradients to the host; activations: there and back.
+    """
+    memory, trained = recipe.memory, trained_parameters(spec, recipe)
     element_bytes = FP32 if recipe.plain_format == "fp32" else BF16
-    step_bytes = FP32 if recipe.precision.master == "fp32" else element_bytes
-    stepped = trained * step_bytes * state_cost(recipe.optimizer).step_passes
-    return 2 * trained * element_bytes / _LINK_BYTES_PER_S + stepped / _HOST_BYTES_PER_S
+    crossing, seconds = 0, 0.0
+    if memory.offloads_optimizer:
+        step_bytes = FP32 if recipe.precision.master == "fp32" else element_bytes
+        seconds += trained * step_bytes * state_cost(recipe.optimizer).step_passes / _HOST_BYTES_PER_S
+        crossing += 2 * trained * element_bytes
+    if memory.offloads_weights:
+        each = 2 * weights_of_blocks(spec, recipe) + trained * element_bytes
+        crossing += recipe.grad_accumulation * each - trained * element_bytes
+    if memory.offloads_activations:
+        crossing += 2 * recipe.grad_accumulation * kept_bytes(spec, recipe)
+    return seconds + crossing / _LINK_BYTES_PER_S
 
 
 def tokens_per_s(recipe: Recipe, seconds: float) -> float:

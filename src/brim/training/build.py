@@ -27,6 +27,7 @@ from brim.training.litgpt import Litgpt
 from brim.training.litgpt_lora import add_litgpt_lora
 from brim.training.loss_scale import LossScale
 from brim.training.matrices import divide_matrices
+from brim.training.offload import offload_blocks
 from brim.training.optimizer import Stepper
 from brim.training.packed_base import PackedBase, cast_norms
 from brim.training.packing import check_takes_positions
@@ -88,14 +89,47 @@ def build(
     `weights` is a directory in Hugging Face form; without it the weights are random. The order: weights in their
     stored format, packed one by one as they come -> device -> fake quantization (it takes the weights over) -> adapters
     (they take the base's format and place) -> tensor parallelism (adapters follow their layer) -> checkpointing (it
-    must see the final blocks) -> sharding (it must see all that is to be divided) -> optimizer (it must see the final
-    parameters).
+    must see the final blocks) -> offloading (of what checkpointing leaves to keep) -> sharding (it must see all that is
+    to be divided) -> optimizer (it must see the final parameters).
 
     Raises RecipeError when the recipe does not go with the model.
     """
     check_recipe_fits_model(recipe, spec)
     owners.switch("weights")
-    base = base_model(recipe, spec, weights=weights, device=torch.device(device))
+    place = torch.device(device)
+    with owners.on_host() if recipe.memory.offloads_weights else nullcontext():
+        home = _CPU if recipe.memory.offloads_weights else place
+        base = base_model(recipe, spec, weights=weights, device=home)
+        model = _altered(base, recipe)
+        divided = None if ranks.mesh is None or recipe.parallel.tensor == 1 else ranks.mesh["tensor"]
+        summed = [] if divided is None else divide_matrices(base, recipe, divided)
+        held = recipe.library.sharding == "fsdp1" and recipe.adapts and recipe.parallel.sharding != "none"
+        checkpoint_blocks(base, recipe.memory.activation_checkpointing, held=held)
+        at_home = offload_blocks(base, recipe.memory, place)
+    model.train()
+    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
+    loss = shard(LossModule(model, head), recipe, ranks)
+    owners.claim("weights", [*model.parameters(), *model.buffers()])
+    owners.switch("optimizer")
+    optimizer = _stepper(model, recipe, ranks, at_home)
+    owners.claim("optimizer", optimizer.tensors())
+    owners.switch("workspace")
+    return Workload(
+        recipe=recipe,
+        model=model,
+        base=base,
+        head=head,
+        loss=loss,
+        optimizer=optimizer,
+        loss_scale=LossScale() if recipe.precision.compute == "fp16" else None,
+        device=place,
+        ranks=ranks,
+        summed=[parameter for module in summed for parameter in module.parameters() if parameter.requires_grad],
+    )
+
+
+def _altered(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    """The model as the recipe trains it: its layers replaced, adapters added."""
     base.config.use_cache = False
     if recipe.task == "sequence-classification" and base.config.pad_token_id is None:
         base.config.pad_token_id = 0  # some look for it, to find each row's last token; data brings its own
@@ -109,38 +143,13 @@ def build(
         fuse_gates(base)
     if recipe.method == "qat":
         quantize_fake(base, recipe)
-    model: nn.Module = base
     if recipe.adapts and isinstance(base, Litgpt):
         add_litgpt_lora(base, recipe.lora)
-    elif recipe.adapts:
-        model = add_lora(base, recipe)
-    divided = None if ranks.mesh is None or recipe.parallel.tensor == 1 else ranks.mesh["tensor"]
-    summed = [] if divided is None else divide_matrices(base, recipe, divided)
-    held = recipe.library.sharding == "fsdp1" and recipe.adapts and recipe.parallel.sharding != "none"
-    checkpoint_blocks(base, recipe.memory.activation_checkpointing, held=held)
-    model.train()
-    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
-    loss = shard(LossModule(model, head), recipe, ranks)
-    owners.claim("weights", [*model.parameters(), *model.buffers()])
-    owners.switch("optimizer")
-    optimizer = _stepper(model, recipe, ranks)
-    owners.claim("optimizer", optimizer.tensors())
-    owners.switch("workspace")
-    return Workload(
-        recipe=recipe,
-        model=model,
-        base=base,
-        head=head,
-        loss=loss,
-        optimizer=optimizer,
-        loss_scale=LossScale() if recipe.precision.compute == "fp16" else None,
-        device=torch.device(device),
-        ranks=ranks,
-        summed=[parameter for module in summed for parameter in module.parameters() if parameter.requires_grad],
-    )
+        return base
+    return add_lora(base, recipe) if recipe.adapts else base
 
 
-def _stepper(model: nn.Module, recipe: Recipe, ranks: Ranks) -> Stepper:
+def _stepper(model: nn.Module, recipe: Recipe, ranks: Ranks, at_home: list[nn.Parameter]) -> Stepper:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     divides_states = recipe.parallel.sharding == "zero1" and ranks.data_count > 1
     return Stepper(
@@ -149,7 +158,8 @@ def _stepper(model: nn.Module, recipe: Recipe, ranks: Ranks) -> Stepper:
         fp32_master=recipe.precision.master == "fp32" and recipe.plain_format != "fp32",
         fused=recipe.library.adamw == "fused",
         undecayed=scales_of(model),
-        on_host=recipe.memory.offload == "optimizer",
+        on_host=recipe.memory.offloads_optimizer,
+        at_home=at_home,
         shares=Shares(trained, ranks) if divides_states else None,
     )
 

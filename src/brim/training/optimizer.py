@@ -5,7 +5,8 @@ parameters). The others go parameter by parameter. With master copies each param
 that only one parameter's FP32 gradient exists at a time.
 
 On the host all that is kept from step to step is in the host's memory, with a copy of the weights that is stepped
-there: a gradient crosses over, is freed on the device, and the rounded weight crosses back.
+there: a gradient crosses over, is freed on the device, and the rounded weight crosses back. Weights that are on the
+host themselves (offload.py) are stepped where they are.
 
 In backward each parameter has one, too, and is stepped when its gradient is complete (a tied weight's once, with the
 sum). A gradient that backward does not bring, that of an untied head under the chunked loss, waits for `step`.
@@ -36,7 +37,8 @@ _READ_AS_NUMBERS = {"adamw8bit": ("step",)}
 class Stepper:
     """Steps parameters from their gradients and frees the gradients.
 
-    `undecayed`: those of the parameters that weight decay leaves alone.
+    `undecayed`: those of the parameters that weight decay leaves alone. `at_home`: those that are on the host
+    themselves.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Stepper:
         fused: bool = True,
         undecayed: Iterable[nn.Parameter] = (),
         on_host: bool = False,
+        at_home: Iterable[nn.Parameter] = (),
         shares: Shares | None = None,
     ) -> None:
         if shares is not None:
@@ -56,11 +59,9 @@ class Stepper:
         self._parameters = parameters
         self._on_host = on_host
         self._place = owners.on_host if on_host else nullcontext
+        self._at_home = {id(parameter) for parameter in at_home}
         with self._place():
-            if on_host:
-                self._masters = [nn.Parameter(_host_copy(p, in_fp32=fp32_master)) for p in parameters]
-            else:
-                self._masters = [nn.Parameter(p.detach().float()) for p in parameters] if fp32_master else []
+            self._masters = self._masters_of(parameters, fp32_master=fp32_master)
         # No optimizer of torch's takes an empty list (of few parameters and many ranks, some have none), or whole
         # tensors beside such that are spread over ranks.
         alike = len({spread_of(parameter) for parameter in parameters}) == 1
@@ -80,6 +81,23 @@ class Stepper:
         if settings.in_backward:
             for index, parameter in enumerate(parameters):
                 parameter.register_post_accumulate_grad_hook(partial(self._in_backward, index))
+
+    def _masters_of(self, parameters: list[nn.Parameter], *, fp32_master: bool) -> list[nn.Parameter]:
+        """What is stepped in each parameter's place, if anything is; one at home without an FP32 copy is itself."""
+        if not self._on_host:
+            return [nn.Parameter(parameter.detach().float()) for parameter in parameters] if fp32_master else []
+        return [
+            nn.Parameter(_host_copy(parameter, in_fp32=fp32_master))
+            if fp32_master or id(parameter) not in self._at_home
+            else parameter
+            for parameter in parameters
+        ]
+
+    def _copy(self, index: int) -> Iterator[nn.Parameter]:
+        """The parameter's master, if it has one."""
+        for master in self._masters[index : index + 1]:
+            if master is not self._parameters[index]:
+                yield master
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Of the steps from now on; before backward, which may step."""
@@ -124,7 +142,9 @@ class Stepper:
         if parameter.grad is None:
             return
         with self._place():
-            if self._on_host:
+            if stepped is parameter:
+                pass
+            elif self._on_host:
                 stepped.grad = _host_copy(parameter.grad, in_fp32=stepped.dtype == torch.float32)
                 parameter.grad = None
             elif self._masters:
@@ -135,7 +155,7 @@ class Stepper:
                 stepped.grad.mul_(factor)
             self._optimizers[index].step()
             stepped.grad = None
-            if self._masters:
+            if stepped is not parameter:
                 with torch.no_grad():
                     # rounded where it is: what crosses to a device should need no room of its own there
                     parameter.copy_(stepped.to(parameter.dtype) if self._on_host else stepped)
@@ -145,7 +165,8 @@ class Stepper:
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that lives from step to step: states and master copies."""
-        yield from self._masters
+        for index in range(len(self._masters)):
+            yield from self._copy(index)
         if self._maps is not None:
             yield from self._maps.tensors()
         for optimizer in self._optimizers:
@@ -156,22 +177,25 @@ class Stepper:
         """What lives from step to step for this parameter: its states and its master copy."""
         for index, trained in enumerate(self._parameters):
             if trained is parameter:
-                yield from self._masters[index : index + 1]
+                yield from self._copy(index)
                 states = self._optimizers[index if self._one_by_one else 0].state
                 yield from (states.get(self._stepped(index)) or {}).values()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Name -> this rank's part: `INDEX.STATE`, states by torch's names (`exp_avg`, `step`), and `INDEX.master`."""
-        tensors = {f"{index}.master": part_of(master.detach()) for index, master in enumerate(self._masters)}
+        tensors: dict[str, Tensor] = {}
+        for index in range(len(self._masters)):
+            tensors |= {f"{index}.master": part_of(master.detach()) for master in self._copy(index)}
         for index, state in enumerate(self._states()):
             tensors |= {f"{index}.{key}": part_of(value) for key, value in state.items()}
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave, bit by bit. Raises KeyError or ValueError when that was another's."""
-        for index, master in enumerate(self._masters):
-            part = part_of(master.data)
-            part.copy_(like(tensors[f"{index}.master"], part, f"{index}.master"))
+        for index in range(len(self._masters)):
+            for master in self._copy(index):
+                part = part_of(master.data)
+                part.copy_(like(tensors[f"{index}.master"], part, f"{index}.master"))
         for index, parameter in enumerate(self._masters or self._parameters):
             optimizer = self._optimizers[index if self._one_by_one else 0]
             # A parameter without a gradient so far has no state.

@@ -77,6 +77,7 @@ def assert_same(one: Path, other: Path) -> None:
         ("gpt2", {"optimizer": Optimizer(name="adamw8bit")}),
         ("llama", {"precision": Precision(), "optimizer": Optimizer(rounding="stochastic")}),
         ("llama", {"memory": Memory(offload="optimizer")}),
+        ("gpt2", {"memory": Memory(offload="all")}),
     ],
     ids=[
         "dropout",
@@ -91,6 +92,7 @@ def assert_same(one: Path, other: Path) -> None:
         "8 bits",
         "by chance",
         "offloaded",
+        "all offloaded",
     ],
 )
 def test_resume_gives_the_same_bits(family: str, settings: dict[str, Any], make_run: MakeRun, tmp_path: Path) -> None:

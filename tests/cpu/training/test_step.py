@@ -295,3 +295,33 @@ def test_a_recipe_must_go_with_its_model(make_recipe: MakeRecipe, make_workload:
     ):
         with pytest.raises(RecipeError, match=said):
             make_workload(replace(make_recipe("llama"), **changes))
+
+
+@pytest.mark.parametrize("kind", ["activations", "weights", "all"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {}), ("gpt2", {"method": "lora"}), ("t5", {"grad_accumulation": 2})],
+    ids=["full", "lora", "accumulated"],
+)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_offloading_does_not_change_what_is_learned(
+    kind: Literal["activations", "weights", "all"],
+    family: str,
+    settings: dict[str, Any],
+    checkpointing: Literal["none", "full"],
+    make_recipe: MakeRecipe,
+    make_workload: MakeWorkload,
+) -> None:
+    """Losses and weights after three steps are those of the recipe that offloads nothing, bit by bit."""
+    results = []
+    for offload in ("none", kind):
+        memory = Memory(activation_checkpointing=checkpointing, offload=offload)
+        recipe = make_recipe(family, memory=memory, **settings)
+        torch.manual_seed(0)
+        workload = make_workload(recipe)
+        batches = [batch_of(recipe, seed) for seed in range(recipe.grad_accumulation)]
+        losses = [float(train_step(workload, batches, learning_rate=1e-3)) for _ in range(3)]
+        results.append((losses, weights(workload)))
+    (losses, expected), (ours, found) = results
+    assert ours == losses
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
