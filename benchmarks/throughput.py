@@ -69,12 +69,16 @@ def _rows() -> tuple[list[tuple[str, Case, float]], Counter[str]]:
         for row in csv.DictReader(file):
             if not row["tokens_per_s_per_gpu"]:
                 continue
+            if row["task"] == "inference":
+                missing["inference: no training step"] += 1
+                continue
             try:
                 case = case_of(row)
             except Missing as lack:
                 missing[str(lack)] += 1
             else:
-                measured_s = case.recipe.tokens_per_step / float(row["tokens_per_s_per_gpu"])
+                own = case.recipe.tokens_per_step / case.recipe.parallel.data_ranks
+                measured_s = own / float(row["tokens_per_s_per_gpu"])
                 found.append((row["id"], case, measured_s))
     return found, missing
 
