@@ -29,7 +29,7 @@ from brim.recipe import Memory, Optimizer, Precision, Qat, Recipe, Training
 from brim.training.build import Workload, build
 from brim.training.data import tokenize
 from brim.training.fake_quantized import save_integers
-from brim.training.rows import Row
+from brim.training.layouts import Row
 from brim.training.schedule import learning_rate
 from brim.training.start import load_tokenizer
 from brim.training.step import train_step

@@ -25,7 +25,8 @@ from brim.models.quiet import quiet_transformers
 from brim.models.weights import local_directory
 from brim.recipe import Optimizer, Recipe, Training
 from brim.training.build import build
-from brim.training.data import DataSet, tokenize
+from brim.training.data import tokenize
+from brim.training.dataset import DataSet
 from brim.training.rows import read_rows
 from brim.training.start import load_tokenizer
 from brim.training.step import train_step

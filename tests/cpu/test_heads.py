@@ -19,8 +19,9 @@ from brim.recipe import Precision, Recipe
 from brim.training.batches import synthetic_batch
 from brim.training.build import build
 from brim.training.data import tokenize
+from brim.training.layouts import Row
 from brim.training.masking import Masking
-from brim.training.rows import Row, read_rows
+from brim.training.rows import read_rows
 from brim.training.step import train_step
 
 _WORDS = [f"w{number}" for number in range(60)]

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brim.errors import DataError
-from brim.training.rows import Row, read_rows
+from brim.training.layouts import Row
+from brim.training.rows import read_rows
 
 CHARACTERS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 

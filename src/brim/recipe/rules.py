@@ -294,6 +294,10 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'num_labels has no effect: task is "{recipe.task}"')
     if recipe.task == "sequence-classification" and recipe.memory.loss == "chunked":
         found.append('memory.loss = "chunked" has no effect: a classifier has one row of logits a text')
+    if recipe.task != "causal-lm":
+        named = {"learn": "answers", "chat_template": "own", "pairs_as_chat": False}
+        changed = [key for key, default in named.items() if getattr(recipe.training, key) != default]
+        found += [f'training.{key} has no effect: task is "{recipe.task}"' for key in changed]
     if recipe.training.max_steps and recipe.training.warmup_steps >= recipe.training.max_steps:
         found.append("training.warmup_steps reaches past max_steps: the learning rate never gets to its full value")
     if recipe.training.max_steps and recipe.training.epochs != 1:

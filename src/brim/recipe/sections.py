@@ -83,6 +83,12 @@ class Training:
     seed: int = 0
     packing: bool = False
     """Whole examples share a row and do not see each other; otherwise texts follow each other, cut where a row ends."""
+    learn: Literal["answers", "all"] = "answers"
+    """Of what has a prompt: its completion (of a conversation, each turn of the assistant) or everything."""
+    chat_template: Literal["own", "chatml"] = "own"
+    """How conversations are written: by the tokenizer's own template, or by ChatML, which is then saved with it."""
+    pairs_as_chat: bool = False
+    """Prompt and completion are written as a conversation; otherwise one after the other, with a line end between."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,13 @@
-"""Rows of text -> micro-batches of the recipe's exact shape, in an order that the seed decides.
+"""Rows -> micro-batches of the recipe's exact shape.
 
 Causal: rows are joined with an end token between them and cut into blocks, so no token is padding (but for the end of
 the last block). Masked: the same, with the tokenizer's own marks; the last block is filled up from the beginning.
 Sequence-to-sequence and classification: each row is cut or padded to the recipe's lengths.
-
-Shapes: R rows of the data set, T tokens of a row (S of a source row).
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,95 +16,16 @@ from torch import Tensor
 from brim.errors import DataError
 from brim.layers.chunked_loss import IGNORED
 from brim.recipe import Recipe
-from brim.training.batches import Batch
+from brim.training.dataset import Counts, DataSet, Origins
+from brim.training.examples import check_texts, examples_of
+from brim.training.layouts import Row
 from brim.training.masking import Masking
-from brim.training.packing import pack
-from brim.training.rows import Row
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSet:
-    """All examples, tokenized."""
-
-    input_ids: Tensor
-    """RT, or RS for sequence-to-sequence."""
-    labels: Tensor
-    """RT; R for classification."""
-    attention_mask: Tensor | None = None
-    """As `input_ids`; None where no row is padded."""
-    position_ids: Tensor | None = None
-    """As `input_ids`; None where a row is one example, or a piece of one text."""
-    masking: Masking | None = None
-    """Chooses other targets for each step; masked-lm only, whose `labels` are the tokens themselves."""
-    classes: tuple[str, ...] = ()
-    """Names of the labels 0, 1, ...; classification only."""
-    padding_id: int | None = None
-    """The token that fills rows up, where some are."""
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def step_batches(self, recipe: Recipe, step: int, *, data_rank: int = 0) -> list[Batch]:
-        """The micro-batches of optimizer step `step` (from 0) that are this rank's: a function of the recipe and the
-        step alone. Ranks take turns, so that all together read the rows that one would read in as many micro-batches.
-        """
-        size, ranks = recipe.micro_batch_size, recipe.parallel.data_ranks
-        first = step * recipe.rows_per_step
-        order = self.step_rows(recipe, step)
-        generator = torch.Generator().manual_seed(recipe.training.seed * 1_000_003 + first)
-        batches = [self._batch(order[start : start + size], generator) for start in range(0, len(order), size)]
-        turns = [batches[start : start + ranks] for start in range(0, len(batches), ranks)]
-        return [replace(turn[data_rank], num_targets=sum(batch.num_targets for batch in turn)) for turn in turns]
-
-    def step_rows(self, recipe: Recipe, step: int) -> list[int]:
-        """Which rows of the data set (from 0) optimizer step `step` reads, on all ranks."""
-        return self._order(recipe.training.seed, step * recipe.rows_per_step, recipe.rows_per_step)
-
-    def steps(self, recipe: Recipe) -> int:
-        """Optimizer steps of the run: `max_steps`, else enough to see each row once an epoch."""
-        return recipe.training.max_steps or -(-recipe.training.epochs * len(self) // recipe.rows_per_step)
-
-    def in_order(self, size: int) -> Iterator[Batch]:
-        """Each row once, as in the file, `size` at a time, masked the same way each time; the last may be smaller."""
-        generator = torch.Generator().manual_seed(0)
-        for start in range(0, len(self), size):
-            yield self._batch(list(range(start, min(start + size, len(self)))), generator)
-
-    @property
-    def fingerprint(self) -> str:
-        """The same for the same examples; another for any others."""
-        digest = hashlib.sha256()
-        positions = () if self.position_ids is None else (self.position_ids,)
-        for tensor in (self.input_ids, self.labels, *positions):
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
-
-    def _order(self, seed: int, first: int, count: int) -> list[int]:
-        """Rows number first..first+count of an endless walk that shuffles anew each epoch."""
-        chosen: list[int] = []
-        while len(chosen) < count:
-            epoch, start = divmod(first + len(chosen), len(self))
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            shuffled = torch.randperm(len(self), generator=generator).tolist()
-            chosen += shuffled[start : start + count - len(chosen)]
-        return chosen
-
-    def _batch(self, rows: list[int], generator: torch.Generator) -> Batch:
-        input_ids, labels = self.input_ids[rows], self.labels[rows]
-        if self.masking is not None:
-            input_ids, labels = self.masking(input_ids, generator)
-        return Batch(
-            input_ids=input_ids,
-            labels=labels,
-            attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
-            position_ids=None if self.position_ids is None else self.position_ids[rows],
-            num_targets=int((labels != IGNORED).sum()),
-        )
+from brim.training.packing import pack, targets
 
 
 def tokenize(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
     """The rows in the recipe's shape. Raises DataError when there is nothing to predict."""
+    check_texts(rows, recipe)
     if recipe.task == "seq2seq-lm":
         return _pairs(rows, tokenizer, recipe)
     if recipe.task == "masked-lm":
@@ -121,31 +40,62 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
 def _packed(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
     """Whole examples, each with its end token, as many to a row as go in."""
     end = tokenizer.eos_token_id
-    texts = tokenizer([row.text for row in rows], verbose=False)["input_ids"]
-    examples = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in texts]
-    examples = [ids for ids in examples if len(ids) > 1]
-    if not examples:
+    examples = examples_of(rows, tokenizer, recipe)
+    if not any(any(example.learned[1:]) for example in examples):
         raise DataError("no example of the data has two tokens: there is no next token to learn")
-    inputs, labels, positions = pack(examples, recipe.seq_len, padding=end if end is not None else 0)
-    return DataSet(input_ids=inputs, labels=labels, position_ids=positions)
+    packed = pack(examples, recipe.seq_len, padding=end if end is not None else 0)
+    return DataSet(
+        input_ids=packed.input_ids,
+        labels=packed.labels,
+        position_ids=packed.position_ids,
+        origins=Origins(_places(rows), packed.origins),
+        counts=_counted([len(example.ids) for example in examples], recipe.seq_len + 1, packed.labels),
+    )
 
 
 def _blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
-    """Each label is the token after its input token; the last block is filled up with tokens that have no label."""
-    end = tokenizer.eos_token_id
-    stream: list[int] = []
-    # With the tokenizer's own marks (some models know texts only behind a start token), as at inference.
-    # Not verbose: rows longer than the model's positions are cut into blocks, there is nothing to warn of.
-    for ids in tokenizer([row.text for row in rows], verbose=False)["input_ids"]:
-        stream += ids if end is None or ids[-1:] == [end] else [*ids, end]
-    if len(stream) < 2:
+    """Each label is the token after its input token; the last block is filled up with tokens that have no label. A
+    block in which nothing is learned is left out."""
+    examples = examples_of(rows, tokenizer, recipe)
+    stream = [token for example in examples for token in example.ids]
+    learned = [wanted for example in examples for wanted in example.learned]
+    if not any(learned[1:]):
         raise DataError("the data is one token long: there is no next token to learn")
-    length = recipe.seq_len
+    length, end = recipe.seq_len, tokenizer.eos_token_id
     missing = -(len(stream) - 1) % length
     padding = end if end is not None else 0
     inputs = torch.tensor(stream[:-1] + [padding] * missing).view(-1, length)
-    labels = torch.tensor(stream[1:] + [IGNORED] * missing).view(-1, length)
-    return DataSet(input_ids=inputs, labels=labels)
+    labels = torch.tensor(targets(stream[1:], learned[1:]) + [IGNORED] * missing).view(-1, length)
+    taught = (labels != IGNORED).any(dim=1)
+    ends = list(accumulate(len(example.ids) for example in examples))
+    # A block reads one token more than it is long: its last target.
+    firsts = [place * length for place, wanted in enumerate(taught.tolist()) if wanted]
+    spans = [(bisect_right(ends, first), bisect_right(ends, min(first + length, ends[-1] - 1))) for first in firsts]
+    return DataSet(
+        input_ids=inputs[taught],
+        labels=labels[taught],
+        origins=Origins(_places(rows), tuple(tuple(range(first, last + 1)) for first, last in spans)),
+        counts=_counted([len(example.ids) for example in examples], length + 1, labels),
+    )
+
+
+def _places(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(row.where for row in rows)
+
+
+def _one_each(rows: Sequence[Row]) -> Origins:
+    return Origins(_places(rows), tuple((index,) for index in range(len(rows))))
+
+
+def _counted(lengths: Sequence[int], longest: int, labels: Tensor) -> Counts:
+    """`longest`: of an example that is not cut."""
+    return Counts(
+        examples=len(lengths),
+        tokens=sum(lengths),
+        learned=int((labels != IGNORED).sum()),
+        longest=max(lengths),
+        cut=sum(length > longest for length in lengths),
+    )
 
 
 def _masked_blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
@@ -163,7 +113,8 @@ def _masked_blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataS
 def _labelled(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
     names = [row.label for row in rows if row.label is not None]
     if len(names) < len(rows):
-        raise DataError('classification data needs a "label" beside the "text" in each row')
+        without = next(row for row in rows if row.label is None)
+        raise DataError(f'{without.where}: classification data needs a "label" beside the "text" in each row')
     classes = _classes(names, recipe.num_labels)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -176,10 +127,13 @@ def _labelled(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
         truncation=True,
         return_tensors="pt",
     )
+    labels = torch.tensor([classes.index(name) for name in names])
     return DataSet(
         input_ids=texts["input_ids"],
-        labels=torch.tensor([classes.index(name) for name in names]),
+        labels=labels,
         attention_mask=texts["attention_mask"],
+        origins=_one_each(rows),
+        counts=_counted(_lengths([row.text for row in rows], tokenizer), recipe.seq_len, labels),
         classes=classes,
         padding_id=tokenizer.pad_token_id,
     )
@@ -200,17 +154,26 @@ def _classes(names: Sequence[str], num_labels: int) -> tuple[str, ...]:
 
 
 def _pairs(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
-    if any(not row.source for row in rows):
-        raise DataError("sequence-to-sequence data needs a source and a target in each row; this is plain text")
+    if plain := next((row for row in rows if not row.source), None):
+        raise DataError(
+            f"{plain.where}: sequence-to-sequence data needs a source and a target in each row; this is plain text"
+        )
     sources = tokenizer([row.source for row in rows], max_length=recipe.seq_len, truncation=True)["input_ids"]
-    targets = tokenizer(text_target=[row.target for row in rows], max_length=recipe.target_len, truncation=True)
+    answers = tokenizer(text_target=[row.target for row in rows], max_length=recipe.target_len, truncation=True)
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
-    labels = [_ended(ids, end, recipe.target_len) for ids in targets["input_ids"]]
+    labels = _filled([_ended(ids, end, recipe.target_len) for ids in answers["input_ids"]], recipe.target_len, IGNORED)
     return DataSet(
         input_ids=_filled(sources, recipe.seq_len, padding),
-        labels=_filled(labels, recipe.target_len, IGNORED),
+        labels=labels,
         attention_mask=_filled([[1] * len(ids) for ids in sources], recipe.seq_len, 0),
+        origins=_one_each(rows),
+        counts=_counted(_lengths([row.source for row in rows], tokenizer), recipe.seq_len, labels),
     )
+
+
+def _lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    """Tokens of each, uncut."""
+    return [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
 
 
 def _ended(ids: list[int], end: int | None, length: int) -> list[int]:

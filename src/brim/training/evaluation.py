@@ -7,7 +7,7 @@ import torch
 from brim.memory import owners
 from brim.training.batches import Batch
 from brim.training.build import Workload
-from brim.training.data import DataSet
+from brim.training.dataset import DataSet
 from brim.training.step import batch_loss
 
 

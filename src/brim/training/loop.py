@@ -29,7 +29,7 @@ from brim.report import Ledger, Measured, Peak, Prediction, RunReport
 from brim.training.adapters import save_adapter
 from brim.training.build import Workload, build
 from brim.training.checkpoint import Progress, load_checkpoint, save_checkpoint, wrong_weight
-from brim.training.data import DataSet
+from brim.training.dataset import DataSet
 from brim.training.evaluation import mean_loss
 from brim.training.fake_quantized import save_integers
 from brim.training.merge import write_merged

@@ -7,12 +7,14 @@ recipe's length, so every step takes the memory that was predicted; the order of
 import inspect
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from brim.errors import RecipeError
 from brim.layers.chunked_loss import IGNORED
+from brim.training.examples import Example
 
 
 def fill_rows(lengths: Sequence[int], row: int) -> list[list[int]]:
@@ -32,19 +34,46 @@ def fill_rows(lengths: Sequence[int], row: int) -> list[list[int]]:
     return rows
 
 
-def pack(examples: Sequence[list[int]], row: int, *, padding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, labels, position_ids), each RT, of examples that have at least two tokens.
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Rows of equal length, each of whole examples."""
 
-    An example longer than a row is cut. What a row has left is filled with padding that has no labels.
+    input_ids: Tensor
+    """RT."""
+    labels: Tensor
+    """RT."""
+    position_ids: Tensor
+    """RT, counted anew in each example."""
+    origins: tuple[tuple[int, ...], ...]
+    """Of each row, the examples in it."""
+
+
+def pack(examples: Sequence[Example], row: int, *, padding: int) -> PackedRows:
+    """Rows of examples, in which something is learned.
+
+    An example longer than a row is cut, and a piece of which nothing is learned is left out. What a row has left is
+    filled with padding that has no labels.
     """
-    pieces = [example[start : start + row + 1] for example in examples for start in range(0, len(example) - 1, row)]
-    inputs, labels, positions = [], [], []
-    for chosen in fill_rows([len(piece) - 1 for piece in pieces], row):
-        missing = row - sum(len(pieces[index]) - 1 for index in chosen)
-        inputs.append([token for index in chosen for token in pieces[index][:-1]] + [padding] * missing)
-        labels.append([token for index in chosen for token in pieces[index][1:]] + [IGNORED] * missing)
-        positions.append([p for index in chosen for p in range(len(pieces[index]) - 1)] + list(range(missing)))
-    return torch.tensor(inputs), torch.tensor(labels), torch.tensor(positions)
+    pieces = [
+        (index, example.ids[start : start + row + 1], example.learned[start + 1 : start + row + 1])
+        for index, example in enumerate(examples)
+        for start in range(0, len(example.ids) - 1, row)
+        if any(example.learned[start + 1 : start + row + 1])
+    ]
+    inputs, labels, positions, origins = [], [], [], []
+    for chosen in fill_rows([len(learned) for _, _, learned in pieces], row):
+        parts = [pieces[number] for number in chosen]
+        missing = row - sum(len(learned) for _, _, learned in parts)
+        inputs.append([token for _, ids, _ in parts for token in ids[:-1]] + [padding] * missing)
+        labels.append([token for _, ids, learned in parts for token in targets(ids[1:], learned)] + [IGNORED] * missing)
+        positions.append([p for _, _, learned in parts for p in range(len(learned))] + list(range(missing)))
+        origins.append(tuple(index for index, _, _ in parts))
+    return PackedRows(torch.tensor(inputs), torch.tensor(labels), torch.tensor(positions), tuple(origins))
+
+
+def targets(ids: Sequence[int], learned: Sequence[bool]) -> list[int]:
+    """The tokens as labels; -100 where they are not learned."""
+    return [token if wanted else IGNORED for token, wanted in zip(ids, learned, strict=True)]
 
 
 def halves(rows: int, length: int) -> Tensor:

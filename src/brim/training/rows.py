@@ -1,53 +1,47 @@
-"""Reads training data: JSONL, JSON, CSV or plain text into rows of source and target text."""
+"""Reads training data into rows: JSONL, JSON, CSV, Parquet or plain text, or a data set on the Hub."""
 
 import csv
 import io
 import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from brim.errors import DataError, did_you_mean
+from brim.errors import DataError
+from brim.training.hub_rows import hub_values, is_hub_id, parquet_values
+from brim.training.layouts import Row, row_of
 
-_LAYOUTS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("prompt",), "completion"),
-    (("question",), "answer"),
-    (("instruction", "input"), "output"),
-    (("instruction",), "output"),
-    (("source",), "target"),
-    ((), "text"),
-)
-"""Names of the columns of source and target; the first layout that a row has counts."""
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+def read_rows(source: Path) -> list[Row]:
+    """The rows of a file, by its suffix: `.jsonl`, `.json` (a list), `.csv` (with a line of names), `.parquet`, else
+    plain text as one row. What is no file here and has the form of a Hub id is one.
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One example; `source` is empty for plain text."""
-
-    source: str
-    target: str
-    label: str | None = None
-    """The class of a text, where the row names one."""
-
-    @property
-    def text(self) -> str:
-        """As a causal model reads it."""
-        return f"{self.source}\n{self.target}" if self.source else self.target
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, by its suffix: `.jsonl`, `.json` (a list), `.csv` (with a line of names), else plain text as
-    one row.
-
-    Raises DataError naming the file, and the line where there is one.
+    Raises DataError naming the file, and the line where there is one; MissingPartError where a library is missing.
     """
+    rows = [row_of(value, where=where) if where else value for where, value in _found(source)]
+    if not rows:
+        raise DataError(f"data {source} is empty: no row to learn from")
+    return rows
+
+
+def _found(source: Path) -> Iterator[tuple[str, Any]]:
+    """(place, columns) of each row; of plain text the row itself, without a place."""
+    suffix = source.suffix.lower()
+    if not source.exists() and suffix not in _SUFFIXES and is_hub_id(str(source)):
+        yield from hub_values(str(source))
+    elif suffix == ".parquet":
+        yield from parquet_values(source)
+    elif suffix in (".jsonl", ".json", ".csv"):
+        yield from _values(source, _text_of(source))
+    elif (text := _text_of(source)).strip():
+        yield "", Row("", text, where=str(source))
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"data {path} does not exist") from None
     except OSError as error:
@@ -55,13 +49,6 @@ def read_rows(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-    if path.suffix.lower() not in (".jsonl", ".json", ".csv"):
-        rows = [Row("", text)] if text.strip() else []
-    else:
-        rows = [_row(value, where=where) for where, value in _values(path, text)]
-    if not rows:
-        raise DataError(f"data {path} is empty: no row to learn from")
-    return rows
 
 
 def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -105,31 +92,3 @@ def _parse(text: str, path: Path, first_line: int = 1, *, hint: str = "") -> Any
         raise DataError(f"{path}, line {line}: not JSON ({error.msg}){hint}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {first_line}: not JSON that can be read ({error}){hint}") from None
-
-
-def _row(value: Any, *, where: str) -> Row:
-    if not isinstance(value, Mapping):
-        raise DataError(f'{where}: not an object; write {{"text": "..."}}')
-    for sources, target in _LAYOUTS:
-        if target in value and all(name in value for name in sources):
-            parts = [value[name] for name in (*sources, target)]
-            if not all(isinstance(part, str) for part in parts):
-                raise DataError(f"{where}: {', '.join((*sources, target))} must be texts")
-            if any(map(_SURROGATE.search, parts)):
-                raise DataError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character; remove it")
-            if not parts[-1].strip():
-                raise DataError(f"{where}: {target!r} is empty: nothing to learn")
-            return Row("\n".join(part for part in parts[:-1] if part), parts[-1], _label(value, where=where))
-    known = sorted({name for sources, target in _LAYOUTS for name in (*sources, target)})
-    hints = "".join(did_you_mean(name, known) for name in list(value)[:4])
-    layouts = "; ".join("+".join((*sources, target)) for sources, target in _LAYOUTS)
-    raise DataError(f"{where}: columns {', '.join(map(str, value))} are no known layout ({layouts}){hints}")
-
-
-def _label(value: Mapping[str, Any], *, where: str) -> str | None:
-    label = value.get("label")
-    if label is None:
-        return None
-    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise DataError(f"{where}: label {label!r} is neither the name of a class nor its number")
-    return str(label)

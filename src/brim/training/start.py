@@ -10,6 +10,7 @@ from brim.models import ModelSpec
 from brim.models.weights import local_directory
 from brim.recipe import Recipe
 from brim.report import Prediction
+from brim.training.chat import CHATML
 from brim.training.data import tokenize
 from brim.training.loop import Run
 from brim.training.ranks import ALONE, Ranks
@@ -38,7 +39,7 @@ def prepare(
     rows = read_rows(data)
     held_rows = None if eval_data is None else read_rows(eval_data)
     weights = local_directory(spec, progress=progress)
-    tokenizer = load_tokenizer(weights)
+    tokenizer = load_tokenizer(weights, recipe)
     return Run(
         recipe=recipe,
         spec=spec,
@@ -55,9 +56,13 @@ def prepare(
     )
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer beside the weights. Raises ModelFileError where there is none."""
+def load_tokenizer(directory: Path, recipe: Recipe | None = None) -> Any:
+    """The tokenizer beside the weights, with the chat template that the recipe asks for. Raises ModelFileError where
+    there is none."""
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{directory} has no tokenizer that transformers can read: {error}") from None
+    if recipe is not None and recipe.training.chat_template == "chatml":
+        tokenizer.chat_template = CHATML  # saved with it: who uses the model writes as it was taught
+    return tokenizer

@@ -18,8 +18,9 @@ from brim.layers.chunked_loss import IGNORED
 from brim.models import describe
 from brim.recipe import Recipe, Training
 from brim.training.build import Workload
-from brim.training.data import DataSet, tokenize
-from brim.training.rows import Row
+from brim.training.data import tokenize
+from brim.training.dataset import DataSet
+from brim.training.layouts import Row
 from brim.training.step import batch_loss
 
 MakeRecipe = Callable[..., Recipe]

@@ -18,9 +18,10 @@ from brim.recipe import Memory, Optimizer, Recipe, Training
 from brim.training.batches import Batch
 from brim.training.build import Workload, build
 from brim.training.data import tokenize
+from brim.training.examples import Example
+from brim.training.layouts import Row
 from brim.training.loop import Run, run
 from brim.training.packing import check_apart, fill_rows, pack
-from brim.training.rows import Row
 from brim.training.step import batch_loss
 
 MakeRecipe = Callable[..., Recipe]
@@ -39,17 +40,30 @@ def test_rows_hold_each_example_once(lengths: list[int]) -> None:
     assert len(filled) < 2 or filled[0] + filled[1] > 12
 
 
-@given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=12))
-def test_every_token_is_learned_once(lengths: list[int]) -> None:
-    """Packed rows hold each example's next-token pairs once, also of those that are cut, with their positions."""
-    examples = [[100 * index + place for place in range(length)] for index, length in enumerate(lengths)]
-    inputs, labels, positions = pack(examples, 8, padding=-1)
+@given(wanted=st.lists(st.lists(st.booleans(), min_size=2, max_size=30), min_size=1, max_size=12))
+def test_every_token_is_learned_once(wanted: list[list[bool]]) -> None:
+    """Packed rows hold each example's next-token pairs that are to be learned once, also of those that are cut, with
+    their positions and their example's number."""
+    examples = [
+        Example([100 * index + place for place in range(len(learned))], learned) for index, learned in enumerate(wanted)
+    ]
+    if not any(any(learned[1:]) for learned in wanted):
+        return
+    packed = pack(examples, 8, padding=-1)
+    inputs, labels, positions = packed.input_ids, packed.labels, packed.position_ids
     assert inputs.shape == labels.shape == positions.shape and inputs.shape[1] == 8
-    known = labels != -100
+    known, filled = labels != -100, inputs != -1
     pairs = sorted(zip(inputs[known].tolist(), labels[known].tolist(), strict=True))
-    assert pairs == sorted(pair for ids in examples for pair in pairwise(ids))
-    assert torch.equal(positions[known], inputs[known] % 100 % 8)
-    assert (inputs[~known] == -1).all()
+    assert pairs == sorted(
+        pair
+        for example in examples
+        for pair, taught in zip(pairwise(example.ids), example.learned[1:], strict=True)
+        if taught
+    )
+    assert torch.equal(positions[filled], inputs[filled] % 100 % 8)
+    assert (labels[~filled] == -100).all()
+    for row, origin in zip(inputs, packed.origins, strict=True):
+        assert {int(token) // 100 for token in row if token >= 0} == set(origin)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "granite"])
