@@ -138,8 +138,8 @@ def test_a_tokenizer_without_places(tokenizer: Any, turns: list[tuple[str, str]]
 
 
 def test_blanks_and_long_letters_are_learned_too() -> None:
-    """Tokens of blanks, and all bytes of a letter, are learned where a tokenizer (GPT-2's) gives them no length; a token
-    that begins before the answer and reaches into it is learned whole."""
+    """Tokens of blanks, and all bytes of a letter, are learned where a tokenizer (GPT-2's) gives them no length; a
+    token that begins before the answer and reaches into it is learned whole."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "Ġ"), ("Ċ", "Ċ")]
     letters = [*alphabet, "ĠĠ", "ĊĊ"]
@@ -184,13 +184,13 @@ def test_rows_teach_the_answers(tokenizer: Any, packing: bool) -> None:
         tokenizer, causal(packing=packing),
     )  # fmt: skip
     kept = data.labels[data.labels != IGNORED].tolist()
-    texts = tokenizer.decode(kept).split(tokenizer.eos_token)
-    assert sorted(texts) == sorted(["", *answers])
+    # In any order: packing puts a piece where it leaves the least room.
+    assert sorted(kept) == sorted(tokenizer("".join(answers))["input_ids"] + [tokenizer.eos_token_id] * 2)
     assert ((data.labels != IGNORED).any(dim=1)).all()
     assert data.origins is not None and data.counts is not None
     for labels, examples in zip(data.labels, data.origins.examples, strict=True):
-        learns = tokenizer.decode(labels[labels != IGNORED])
-        assert any(learns.strip(tokenizer.eos_token) in answers[example] for example in examples) or len(examples) > 1
+        learns = tokenizer.decode(labels[labels != IGNORED]).replace(tokenizer.eos_token, "")
+        assert set(learns) <= set("".join(answers[example] for example in examples))
     assert data.counts.examples == data.counts.cut == 2
     assert data.counts.learned == len(kept) == len("".join(answers)) + 2
     assert data.counts.tokens == sum(len(f"{'question ' * 9}\n{answer}") + 1 for answer in answers)
