@@ -42,6 +42,42 @@ def test_layouts(tmp_path: Path, row: dict[str, Any], source: str, target: str) 
     assert read_rows(lines)[0].text == (f"{source}\n{target}" if source else target)
 
 
+TALK = [("system", "s"), ("user", "u"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize(
+    ("column", "role", "content", "names"),
+    [
+        ("messages", "role", "content", {}),
+        ("conversations", "from", "value", {"user": "human", "assistant": "gpt"}),
+        ("conversations", "role", "content", {}),
+    ],
+)
+def test_conversations(tmp_path: Path, column: str, role: str, content: str, names: dict[str, str]) -> None:
+    """OpenAI's messages and ShareGPT's conversations are the same turns; a prompt beside them is not read."""
+    turns = [{role: names.get(who, who), content: said} for who, said in TALK]
+    (row,) = read_rows(write(tmp_path, json.dumps({"prompt": "u", "completion": "a", column: turns})))
+    assert [(message.role, message.content) for message in row.messages] == TALK
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        ([], "not a list of turns"),
+        ([{"role": "user", "content": "u"}], "no turn of the assistant"),
+        ([{"role": "asistant", "content": "u"}], r"messages\[0\].*'asistant'.*assistant"),
+        ([{"role": "user"}], r"messages\[0\] is no turn"),
+        ([{"role": "assistant", "content": " "}], "empty: nothing to learn"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "content must be a text"),
+    ],
+)
+def test_bad_conversations_are_refused(tmp_path: Path, turns: Any, said: str) -> None:
+    """Each refusal names the file, the line and the turn."""
+    path = write(tmp_path, '{"text": "a"}\n' + json.dumps({"messages": turns}))
+    with pytest.raises(DataError, match=f"data.jsonl.*2.*{said}"):
+        read_rows(path)
+
+
 def test_plain_text_is_one_row(tmp_path: Path) -> None:
     """A file of another suffix is one text, byte for byte but for the mark that some editors put first."""
     assert read_rows(write(tmp_path, b"\xef\xbb\xbfa\r\nb\n", "book.txt")) == [Row("", "a\r\nb\n")]

@@ -32,7 +32,9 @@ _FEWEST_TIMED_STEPS = 3
 
 def command(
     source: options.Source,
-    data: Annotated[Path | None, typer.Option(help="Training data: .jsonl, .json, .csv or plain text.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Training data: .jsonl, .json, .csv, .parquet, text or a Hub id.")
+    ] = None,
     eval_data: Annotated[Path | None, typer.Option(help="Data to measure the loss on and not to learn from.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory to make; default runs/MODEL-METHOD.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; default as the recipe's epochs give.")] = None,

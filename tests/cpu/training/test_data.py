@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 from brim.errors import DataError
 from brim.layers.chunked_loss import IGNORED
 from brim.models import describe
-from brim.recipe import Recipe, Training
+from brim.recipe import Parallel, Recipe, Training
 from brim.training.build import Workload
 from brim.training.data import tokenize
 from brim.training.dataset import DataSet
@@ -91,6 +91,19 @@ def test_each_epoch_is_a_permutation(count: int, micro: int, accumulated: int, s
         assert Counter(part) == Counter((row,) for row in range(count))
     assert len(seen) - 2 * count < micro * accumulated
     assert data.steps(replace(recipe, training=Training(max_steps=5))) == 5
+
+
+@given(count=st.integers(1, 30), micro=st.integers(1, 3), accumulated=st.integers(1, 3), ranks=st.integers(1, 4))
+def test_steps_read_the_same_rows_whatever_the_ranks(count: int, micro: int, accumulated: int, ranks: int) -> None:
+    """Several ranks read together, in each step, what one reads in as many micro-batches."""
+    rows = torch.arange(count).unsqueeze(1).expand(-1, 2)
+    data = DataSet(input_ids=rows, labels=rows)
+    alone = causal(seq_len=2, micro_batch_size=micro, grad_accumulation=accumulated * ranks)
+    together = replace(alone, grad_accumulation=accumulated, parallel=Parallel(devices_per_node=ranks, sharding="ddp"))
+    for step in range(3):
+        one = [batch.input_ids[:, 0].tolist() for batch in data.step_batches(alone, step)]
+        shares = [data.step_batches(together, step, data_rank=rank) for rank in range(ranks)]
+        assert one == [batch.input_ids[:, 0].tolist() for turn in zip(*shares, strict=True) for batch in turn]
 
 
 def test_the_seed_changes_the_order() -> None:
