@@ -1,5 +1,6 @@
 """The rehearsal against what PyTorch's profiler saw the allocator do in real steps of the same recipe."""
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -152,6 +153,7 @@ def recipe_of(spec: ModelSpec, *settings: str) -> Recipe:
 
 def profiled_peak(spec: ModelSpec, recipe: Recipe) -> int:
     """Highest sum of the allocator's events, in bytes: read here by itself, not by Brim's meters."""
+    gc.collect()  # a model of an earlier test, freed while the profiler looks on, would count as less than nothing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         run_trial(spec, recipe)
     assert recording.profiler is not None and recording.profiler.kineto_results is not None

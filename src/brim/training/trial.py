@@ -1,5 +1,6 @@
 """A recipe's first steps run for real with random weights: what its rehearsal is held against."""
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -30,6 +31,7 @@ def measured_trial(
     spec: ModelSpec, recipe: Recipe, *, steps: int = 2, prepare: Callable[[Workload], None] = lambda _: None
 ) -> CpuMeter:
     """`run_trial` under the meter that adds up the allocator's events; it holds peak and ledger."""
+    gc.collect()  # what earlier trials left in cycles is not to be freed under the meter
     with CpuMeter() as meter:
         run_trial(spec, recipe, steps=steps, prepare=prepare)
         meter.sample()

@@ -156,6 +156,16 @@ def start_and_signal(arguments: list[str], step: int, number: int, **streams: An
     return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, **streams).returncode
 
 
+def all_of(terminal: int) -> str:
+    """What was written to the other end, which is closed: a terminal hands on some 4 KiB at a time."""
+    parts = []
+    while True:
+        try:
+            parts.append(os.read(terminal, 2**16))
+        except OSError:  # Linux's way to say that there is no more
+            return b"".join(parts).decode(errors="replace")
+
+
 def test_processes_that_are_stopped_and_killed(arguments: list[str], tmp_path: Path, capsys: Captured) -> None:
     """A terminal shows a live line; after SIGTERM (75) and SIGKILL the run still ends as an undisturbed one."""
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
@@ -164,7 +174,7 @@ def test_processes_that_are_stopped_and_killed(arguments: list[str], tmp_path: P
     command = [*arguments, str(disturbed)]
     assert start_and_signal(command, 3, signal.SIGTERM, stderr=theirs, stdout=subprocess.DEVNULL) == 75
     os.close(theirs)
-    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", os.read(ours, 2**20).decode(errors="replace"))
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", all_of(ours))
     os.close(ours)
     assert re.search(r"step 3/6  loss [\d.]+  \S+ tokens/s  memory \S+ KiB, peak \S+ KiB  \S+ m?s left", shown)
     assert "stopped after step 3 of 6; go on with the same command and --resume" in shown
