@@ -4,7 +4,7 @@ Shapes: R rows of the data set, T tokens of a row (S of a source row).
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,6 +80,13 @@ class DataSet:
     def step_rows(self, recipe: Recipe, step: int) -> list[int]:
         """Which rows of the data set (from 0) optimizer step `step` reads, on all ranks."""
         return self._order(recipe.training.seed, step * recipe.rows_per_step, recipe.rows_per_step)
+
+    def places_of(self, rows: Iterable[int]) -> list[str]:
+        """File and line of each example that these rows are of, once and in order; [] where that is not known."""
+        if self.origins is None:
+            return []
+        found = sorted({example for row in rows for example in self.origins.examples[row]})
+        return list(dict.fromkeys(self.origins.places[example] for example in found))
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer steps of the run: `max_steps`, else enough to see each row once an epoch."""

@@ -225,14 +225,16 @@ def _give_up(job: Run, workload: Workload, history: _History, loss: float) -> No
     step = len(history.losses)
     rows = job.data.step_rows(job.recipe, step)
     named = ", ".join(str(row + 1) for row in rows[:_NAMED_ROWS]) + (", ..." if len(rows) > _NAMED_ROWS else "")
+    places = job.data.places_of(rows)
+    read = f" ({'; '.join(places[:_NAMED_ROWS])}{'; ...' if len(places) > _NAMED_ROWS else ''})" if places else ""
     if step and not wrong_weight(workload):
         _save(job, workload, history)
     kept = (
         f"{checkpoints_of(job.output)} holds what was learned before" if can_resume(job.output) else "nothing is kept"
     )
     raise UsageError(
-        f"the loss of step {step + 1} is {loss}, over rows {named} of the {len(job.data)} that the data makes: the run "
-        f"has diverged; {kept}; lower optimizer.learning_rate, compute in fp32, or look at those rows"
+        f"the loss of step {step + 1} is {loss}, over rows {named} of the {len(job.data)} that the data makes{read}: "
+        f"the run has diverged; {kept}; lower optimizer.learning_rate, compute in fp32, or look at those rows"
     )
 
 

@@ -191,6 +191,7 @@ def test_rows_teach_the_answers(tokenizer: Any, packing: bool) -> None:
     for labels, examples in zip(data.labels, data.origins.examples, strict=True):
         learns = tokenizer.decode(labels[labels != IGNORED]).replace(tokenizer.eos_token, "")
         assert set(learns) <= set("".join(answers[example] for example in examples))
+    assert data.places_of(range(len(data))) == ["line 0", "line 1"]
     assert data.counts.examples == data.counts.cut == 2
     assert data.counts.learned == len(kept) == len("".join(answers)) + 2
     assert data.counts.tokens == sum(len(f"{'question ' * 9}\n{answer}") + 1 for answer in answers)
