@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from brim import units
-from brim.cli import console, options, picture
+from brim.cli import console, options, picture, shown
 from brim.errors import DoesNotFitError, Stopped, UsageError
 from brim.hardware.detect import detect_host
 from brim.hardware.rates import cpu_identity
@@ -24,6 +24,7 @@ from brim.speed.bands import keep_run
 from brim.training.processes import is_first, is_rank, run_ranks
 
 if TYPE_CHECKING:
+    from brim.training.loop import Run
     from brim.training.metrics import StepRecord
 
 _FEWEST_TIMED_STEPS = 3
@@ -39,6 +40,9 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Directory to make; default runs/MODEL-METHOD.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; default as the recipe's epochs give.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show-data", help="Show the first examples, marked by what is trained, and end.")
+    ] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Also write the model with the adapter in it.")] = False,
     device: options.DeviceName = "cpu",
     memory: options.Memory = None,
@@ -67,6 +71,8 @@ def command(
         settings=[*spread, *(settings or []), *steps],
     )
     _check_merge(recipe, merge=merge)
+    if show:
+        return _show(recipe, spec, data, json=json)
     target = output or Path("runs") / f"{Path(recipe.model).name}-{recipe.method}"
     places = {"--data": data, "--eval-data": eval_data, "--output": target, "--plot": plot}
     if recipe.parallel.devices > 1 and not is_rank():
@@ -77,6 +83,19 @@ def command(
     if is_first():
         _draw(plot, report, target, budget_bytes=None if cap is None else report.predicted.budget_bytes)
         _conclude(report, device, target, json=json)
+    return 0
+
+
+def _show(recipe: Recipe, spec: ModelSpec, data: Path, *, json: bool) -> int:
+    """The data as the model would see it; nothing is trained, and no weights are needed."""
+    from brim.models.quiet import quiet_transformers
+
+    with quiet_transformers():
+        from brim.training.start import prepare_shown
+
+        with console.progress(f"reading {data}") as progress:
+            found, tokenizer = prepare_shown(recipe, spec, data, progress=progress)
+        shown.show_data(found, tokenizer, recipe, json=json)
     return 0
 
 
@@ -119,6 +138,8 @@ def _run(
                     ranks=ranks,
                     progress=progress,
                 )
+            if is_first():
+                note_work(job)
             with show_steps(recipe) as on_step:
                 return run(job, on_step=on_step, should_stop=stop.asked_after_step)
 
@@ -214,6 +235,15 @@ def note_warnings(recipe: Recipe, eval_data: Path | None) -> None:
         console.note(warning)
     if recipe.training.evaluate_every and eval_data is None:
         console.note("training.evaluate_every has no effect without --eval-data FILE")
+
+
+def note_work(job: "Run") -> None:
+    """What is learned from, and how long it will take."""
+    from brim.training.workplace import steps_kept
+
+    console.note(shown.data_line(job.data, job.recipe))
+    done = steps_kept(job.output) if job.resume else 0
+    console.note(shown.time_line(job.data, job.recipe, job.predicted, steps_done=done))
 
 
 def refuse_if_over(predicted: Prediction) -> None:

@@ -83,7 +83,7 @@ def download(repo_id: str, revision: str | None, *, progress: Progress = no_prog
     """
     with _explained(repo_id, revision), _without_bars():
         if _is_reachable():
-            _fetch_missing(repo_id, revision, progress)
+            _fetch_missing(repo_id, revision, progress, _WEIGHTS + _REST)
         directory = Path(
             snapshot_download(repo_id, revision=revision, allow_patterns=_WEIGHTS + _REST, local_files_only=True)
         )
@@ -95,8 +95,16 @@ def download(repo_id: str, revision: str | None, *, progress: Progress = no_prog
     return directory
 
 
-def _fetch_missing(repo_id: str, revision: str | None, progress: Progress) -> None:
-    files = snapshot_download(repo_id, revision=revision, allow_patterns=_WEIGHTS + _REST, dry_run=True)
+def download_tokenizer(repo_id: str, revision: str | None) -> Path:
+    """As `download`, without the weights."""
+    with _explained(repo_id, revision), _without_bars():
+        if _is_reachable():
+            _fetch_missing(repo_id, revision, no_progress, _REST)
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_REST, local_files_only=True))
+
+
+def _fetch_missing(repo_id: str, revision: str | None, progress: Progress, patterns: list[str]) -> None:
+    files = snapshot_download(repo_id, revision=revision, allow_patterns=patterns, dry_run=True)
     sizes = {file.filename: file.file_size or 0 for file in files if file.will_download}
     total = sum(sizes.values())
     check_room(Path(constants.HF_HUB_CACHE), total, what=f"the files of {repo_id}")

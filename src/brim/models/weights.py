@@ -59,6 +59,13 @@ def local_directory(spec: ModelSpec, *, progress: Progress = no_progress) -> Pat
     raise UsageError(f"{spec.name} is a shape for reckoning without weights; choose a model that has some")
 
 
+def tokenizer_directory(spec: ModelSpec, *, progress: Progress = no_progress) -> Path:
+    """A directory with this model's tokenizer; of a Hub id no weights are downloaded. Raises as `local_directory`."""
+    if spec.hub_id and spec.path is None:
+        return hub.download_tokenizer(spec.hub_id, spec.revision)
+    return spec.path if spec.path and spec.path.is_dir() else local_directory(spec, progress=progress)
+
+
 def _embedded(model: EmbeddedModel, spec: ModelSpec, progress: Progress) -> Path:
     parts = embedded.locate(model)
 

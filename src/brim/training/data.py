@@ -7,6 +7,7 @@ Sequence-to-sequence and classification: each row is cut or padded to the recipe
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -43,13 +44,15 @@ def _packed(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
     examples = examples_of(rows, tokenizer, recipe)
     if not any(any(example.learned[1:]) for example in examples):
         raise DataError("no example of the data has two tokens: there is no next token to learn")
-    packed = pack(examples, recipe.seq_len, padding=end if end is not None else 0)
+    padding = end if end is not None else 0
+    packed = pack(examples, recipe.seq_len, padding=padding)
     return DataSet(
         input_ids=packed.input_ids,
         labels=packed.labels,
         position_ids=packed.position_ids,
         origins=Origins(_places(rows), packed.origins),
         counts=_counted([len(example.ids) for example in examples], recipe.seq_len + 1, packed.labels),
+        padding_id=padding,
     )
 
 
@@ -76,6 +79,7 @@ def _blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
         labels=labels[taught],
         origins=Origins(_places(rows), tuple(tuple(range(first, last + 1)) for first, last in spans)),
         counts=_counted([len(example.ids) for example in examples], length + 1, labels),
+        padding_id=padding,
     )
 
 
@@ -101,13 +105,22 @@ def _counted(lengths: Sequence[int], longest: int, labels: Tensor) -> Counts:
 def _masked_blocks(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
     """Rows with the tokenizer's marks around each, cut into blocks; no block holds padding."""
     masking = Masking.of(tokenizer)
-    stream = [token for ids in tokenizer([row.text for row in rows])["input_ids"] for token in ids]
-    if masking.special_ids.issuperset(stream):
+    encoded = tokenizer([row.text for row in rows], verbose=False)["input_ids"]
+    stream = [(token, example) for example, ids in enumerate(encoded) for token in ids]
+    if masking.special_ids.issuperset(token for token, _ in stream):
         raise DataError("the data has no token that could be masked")
     missing = -len(stream) % recipe.seq_len
     rounds = -(-missing // len(stream))
-    blocks = torch.tensor(stream + (stream * rounds)[:missing]).view(-1, recipe.seq_len)
-    return DataSet(input_ids=blocks, labels=blocks, masking=masking)
+    filled = torch.tensor(stream + (stream * rounds)[:missing]).view(-1, recipe.seq_len, 2)
+    blocks, examples = filled[..., 0].contiguous(), filled[..., 1]
+    _, labels = masking(blocks, torch.Generator())  # as many are masked each time
+    return DataSet(
+        input_ids=blocks,
+        labels=blocks,
+        masking=masking,
+        origins=Origins(_places(rows), tuple(tuple(row.unique().tolist()) for row in examples)),
+        counts=_counted([len(ids) for ids in encoded], recipe.seq_len, labels),
+    )
 
 
 def _labelled(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
@@ -120,20 +133,15 @@ def _labelled(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise DataError("the tokenizer has neither a padding nor an end token to fill rows up with")
-    texts = tokenizer(
-        [row.text for row in rows],
-        max_length=recipe.seq_len,
-        padding="max_length",
-        truncation=True,
-        return_tensors="pt",
-    )
+    texts, lengths = _cut([row.text for row in rows], recipe.seq_len, tokenizer)
     labels = torch.tensor([classes.index(name) for name in names])
+    on_the_left = tokenizer.padding_side == "left"
     return DataSet(
-        input_ids=texts["input_ids"],
+        input_ids=_filled(texts, recipe.seq_len, tokenizer.pad_token_id, on_the_left=on_the_left),
         labels=labels,
-        attention_mask=texts["attention_mask"],
+        attention_mask=_filled([[1] * len(ids) for ids in texts], recipe.seq_len, 0, on_the_left=on_the_left),
         origins=_one_each(rows),
-        counts=_counted(_lengths([row.text for row in rows], tokenizer), recipe.seq_len, labels),
+        counts=_counted(lengths, recipe.seq_len, labels),
         classes=classes,
         padding_id=tokenizer.pad_token_id,
     )
@@ -158,22 +166,39 @@ def _pairs(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> DataSet:
         raise DataError(
             f"{plain.where}: sequence-to-sequence data needs a source and a target in each row; this is plain text"
         )
-    sources = tokenizer([row.source for row in rows], max_length=recipe.seq_len, truncation=True)["input_ids"]
-    answers = tokenizer(text_target=[row.target for row in rows], max_length=recipe.target_len, truncation=True)
+    sources, lengths = _cut([row.source for row in rows], recipe.seq_len, tokenizer)
+    answers, answer_lengths = _cut([row.target for row in rows], recipe.target_len, tokenizer, are_targets=True)
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
-    labels = _filled([_ended(ids, end, recipe.target_len) for ids in answers["input_ids"]], recipe.target_len, IGNORED)
+    labels = _filled([_ended(ids, end, recipe.target_len) for ids in answers], recipe.target_len, IGNORED)
+    counts = _counted(lengths, recipe.seq_len, labels)
+    pairs = list(zip(lengths, answer_lengths, strict=True))
     return DataSet(
         input_ids=_filled(sources, recipe.seq_len, padding),
         labels=labels,
         attention_mask=_filled([[1] * len(ids) for ids in sources], recipe.seq_len, 0),
         origins=_one_each(rows),
-        counts=_counted(_lengths([row.source for row in rows], tokenizer), recipe.seq_len, labels),
+        counts=replace(
+            counts,
+            tokens=sum(source + target for source, target in pairs),
+            cut=sum(source > recipe.seq_len or target > recipe.target_len for source, target in pairs),
+        ),
     )
 
 
-def _lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
-    """Tokens of each, uncut."""
-    return [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+def _cut(
+    texts: Sequence[str], length: int, tokenizer: Any, *, are_targets: bool = False
+) -> tuple[list[list[int]], list[int]]:
+    """(tokens of each text, at most `length`; tokens that each has uncut)."""
+    name = "text_target" if are_targets else "text"
+    ids = tokenizer(**{name: list(texts)}, verbose=False)["input_ids"]
+    lengths = [len(tokens) for tokens in ids]
+    # The tokenizer cuts them itself: what marks an end stays there.
+    long = [index for index, tokens in enumerate(ids) if len(tokens) > length]
+    if long:
+        cut = tokenizer(**{name: [texts[index] for index in long]}, max_length=length, truncation=True)["input_ids"]
+        for index, tokens in zip(long, cut, strict=True):
+            ids[index] = tokens
+    return ids, lengths
 
 
 def _ended(ids: list[int], end: int | None, length: int) -> list[int]:
@@ -181,5 +206,7 @@ def _ended(ids: list[int], end: int | None, length: int) -> list[int]:
     return ids if end is None or ids[-1:] == [end] else [*ids[: length - 1], end]
 
 
-def _filled(rows: list[list[int]], length: int, filling: int) -> Tensor:
-    return torch.tensor([row + [filling] * (length - len(row)) for row in rows])
+def _filled(rows: list[list[int]], length: int, filling: int, *, on_the_left: bool = False) -> Tensor:
+    fillings = [[filling] * (length - len(row)) for row in rows]
+    pairs = zip(fillings, rows, strict=True) if on_the_left else zip(rows, fillings, strict=True)
+    return torch.tensor([first + second for first, second in pairs])

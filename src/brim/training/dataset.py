@@ -5,7 +5,7 @@ Shapes: R rows of the data set, T tokens of a row (S of a source row).
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ class Counts:
     learned: int
     """Tokens that have a label in an epoch."""
     longest: int
-    """Tokens of the longest example."""
+    """Tokens of the longest example; of sequence-to-sequence, of the longest source."""
     cut: int
-    """Examples that are longer than a row of the recipe."""
+    """Examples that are longer than a row of the recipe; of sequence-to-sequence, or whose target is."""
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ from transformers import AutoTokenizer
 
 from brim.errors import ModelFileError
 from brim.models import ModelSpec
-from brim.models.weights import local_directory
+from brim.models.weights import local_directory, tokenizer_directory
 from brim.recipe import Recipe
 from brim.report import Prediction
 from brim.training.chat import CHATML
 from brim.training.data import tokenize
+from brim.training.dataset import DataSet
 from brim.training.loop import Run
 from brim.training.ranks import ALONE, Ranks
 from brim.training.rows import read_rows
@@ -54,6 +55,15 @@ def prepare(
         merge=merge,
         ranks=ranks,
     )
+
+
+def prepare_shown(
+    recipe: Recipe, spec: ModelSpec, data: Path, *, progress: Progress = no_progress
+) -> tuple[DataSet, Any]:
+    """(the data in the recipe's shape, the tokenizer): what is to be looked at before a run. Raises as `prepare`."""
+    rows = read_rows(data)
+    tokenizer = load_tokenizer(tokenizer_directory(spec, progress=progress), recipe)
+    return tokenize(rows, tokenizer, recipe), tokenizer
 
 
 def load_tokenizer(directory: Path, recipe: Recipe | None = None) -> Any:

@@ -30,6 +30,11 @@ def can_resume(output: Path) -> bool:
     return any(checkpoints_of(output).glob("step-*"))
 
 
+def steps_kept(output: Path) -> int:
+    """Steps of an interrupted run that its newest checkpoint holds."""
+    return max((int(path.name.removeprefix("step-")) for path in checkpoints_of(output).glob("step-*")), default=0)
+
+
 def check_output(output: Path, *, resume: bool) -> None:
     """Raises UsageError when OUTPUT, or an interrupted run that is not to go on, is there already."""
     if output.exists():
