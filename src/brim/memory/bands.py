@@ -53,7 +53,7 @@ def _errors_of(learned: Errors, kind: str) -> Sequence[float]:
 
 def kind_of_run(recipe: Recipe, family: str, *, inference: bool = False) -> str:
     """`full, transformers`: what the errors are sorted by."""
-    code = "litgpt" if recipe.library.loss.startswith("litgpt") else "transformers"
+    code = "litgpt" if recipe.library.has_litgpt_loss else "transformers"
     method = "packed" if recipe.precision.packed else "full" if recipe.trains_weights else "lora"
     kind = ["inference" if inference else method, code]
     if recipe.parallel.sharding != "none":

@@ -275,9 +275,8 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'[lora] has no effect: method is "{recipe.method}"')
     if recipe.method != "qat" and recipe.qat != Qat():
         found.append(f'[qat] has no effect: method is "{recipe.method}"')
-    if (
-        recipe.library.loss in ("brim", "litgpt", "litgpt-first", "litgpt-full")
-        and recipe.library.cross_entropy != "operators"
+    if recipe.library.cross_entropy != "operators" and (
+        recipe.library.loss == "brim" or recipe.library.has_litgpt_loss
     ):
         found.append(f'library.cross_entropy has no effect: library.loss is "{recipe.library.loss}"')
     if recipe.optimizer.name != "adamw" and recipe.library.adamw != "fused":

@@ -154,6 +154,11 @@ class Library:
     """fsdp1: beside adapters, no block is gathered ahead in backward (training/sharding.py says why), and what a block
     is run again from, and its gradient, stay until backward ends (training/checkpointing.py)."""
 
+    @property
+    def has_litgpt_loss(self) -> bool:
+        """litgpt's own loss, whichever of its scripts calls it."""
+        return self.loss.startswith("litgpt")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:

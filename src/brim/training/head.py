@@ -76,7 +76,7 @@ class OutputHead:
     def _by_library(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor, *, scale: float) -> Tensor:
         if self._library.loss == "litgpt-first":
             self._bound = []  # nothing before was as long
-        if self._library.loss.startswith("litgpt"):
+        if self._library.has_litgpt_loss:
             return self._by_litgpt(model, inputs, labels_BT) * scale
         kind = self._library.cross_entropy
         if self._library.loss == "torchtune":
