@@ -22,6 +22,7 @@ from brim.memory.constants import context_bytes, nccl_bytes
 from brim.memory.cuda import cuda_kernels
 from brim.memory.fake import FakeWorld
 from brim.memory.modules import ModuleWatch, rows_at
+from brim.memory.scratch import scratch_bytes
 from brim.memory.splice import continued
 from brim.memory.trace import Trace
 from brim.models import ModelSpec
@@ -228,6 +229,8 @@ def whole_trace(
             stack.enter_context(cuda_kernels(device, world.meter))
             if recipe.memory.offload != "none":
                 world.meter.trace.host = Trace()
+        if device is None or device.kind == "cpu":
+            world.meter.inside = scratch_bytes
         trace = world.meter.trace
         workload = build(recipe, spec, ranks=ranks)
         if ranks.mesh is not None:

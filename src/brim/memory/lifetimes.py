@@ -1,6 +1,6 @@
 """Meter of tensor lifetimes: sees each operator's outputs, counts each new storage until it is collected.
 
-It sees sizes only, so it works on fake tensors; it does not see what an operator allocates and frees inside itself.
+It sees sizes only, so it works on fake tensors; what an operator allocates and frees inside itself, it must be told.
 A sharded tensor counts as the part of it that is here. A storage that is resized (FSDP frees a gathered parameter so)
 is a block that ends and another that begins.
 """
@@ -40,6 +40,8 @@ class LifetimeMeter(PlainMode):
         """Told each operator before it runs; None: nobody asks."""
         self.after: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
         """Told each of the device's operators, its arguments and its result after it ran; None: nobody asks."""
+        self.inside: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int] | None = None
+        """Says how much more than its outputs an operator needs while it runs; None: nothing."""
         self.working: Callable[[], str] | None = None
         """Names the module that works now; None: nobody asks."""
         self._on_host = False
@@ -65,6 +67,12 @@ class LifetimeMeter(PlainMode):
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
                     self.see(leaf)
+        if (
+            self.inside is not None
+            and self._place is self.trace
+            and (nbytes := self.inside(func, args, kwargs or {}, out))
+        ):
+            self.trace.free(self.trace.allocate(nbytes, self._line))
         if self.after is not None and self._place is self.trace:
             self.after(func, args, kwargs or {}, out)
         return out

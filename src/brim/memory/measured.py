@@ -5,7 +5,7 @@ Measured cost on two cores: about 4 % of a training step. On CUDA: the caching a
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -108,9 +108,7 @@ class CpuMeter:
 
     def _record(self) -> None:
         self._claims.clear()
-        # Kineto writes a line to stderr at each start and stop; read at its first use.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        self._recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._recording = _recorder()
         self._recording.__enter__()
 
     def _replay(self) -> None:
@@ -143,6 +141,12 @@ class CpuMeter:
             self._live[pointer] = self._trace.allocate(nbytes, self._line)
 
 
+def _recorder() -> profile:
+    # Kineto writes a line to stderr at each start and stop; read at its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
 def _events(recording: profile) -> Iterator[tuple[int, str, Any]]:
     """(time in ns, "memory" or "mark", the event's fields or the mark's text) of one recording, in no order."""
     assert recording.profiler is not None and recording.profiler.kineto_results is not None
@@ -154,6 +158,18 @@ def _events(recording: profile) -> Iterator[tuple[int, str, Any]]:
             yield event.start_time_ns, "memory", event.extra_fields
         elif event.name.startswith(_MARK):
             yield event.start_time_ns, "mark", event.name
+
+
+def highest_bytes(work: Callable[[], object]) -> int:
+    """The most that `work` has allocated at any moment, in bytes."""
+    with _recorder() as recording:
+        work()
+    live = highest = 0
+    for _, kind, event in sorted(_events(recording), key=lambda timed: timed[0]):
+        if kind == "memory":
+            live += event.alloc_size
+            highest = max(highest, live)
+    return highest
 
 
 class CudaMeter:
