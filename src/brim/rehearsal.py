@@ -43,9 +43,10 @@ from brim.training.ranks import group_sizes, imagined_ranks
 from brim.training.step import train_step
 
 ERROR_BAND = (-0.001, 0.001)
-"""On a CPU. Held by the tests against the profiler's allocation peak, for every lever and family they build.
+"""On a CPU, this one: what a 16-bit product takes inside itself is asked of the processor that is here.
 
-Not held where a BF16 temporary inside one operator is the peak: 21 of the 960 cells of docs/exactness.md.
+Held by the tests against the profiler's allocation peak, for every lever and family they build; docs/exactness.md has
+the whole matrix.
 """
 
 

@@ -10,9 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 import brim.layers.packed_experts  # noqa: F401  FakeWorld patches it, and it cannot be imported on fake tensors
+from brim.hardware import find
 from brim.memory.fake import FakeWorld
 from brim.memory.measured import highest_bytes
 from brim.memory.scratch import scratch_bytes
+from brim.models import ModelSpec
+from brim.recipe import Recipe
+from brim.rehearsal import rehearse_trace
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 SLACK_BYTES = 64
@@ -77,3 +81,40 @@ def test_an_operator_takes_what_the_allocator_gave(
     if name == "divide" and torch.bool in formats:
         pytest.skip("no kernel")
     assert abs(rehearsed(work, formats) - measured(work, formats)) <= SLACK_BYTES
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that is run to be asked fails the test."""
+
+    def refused(*_: object) -> int:
+        raise AssertionError("an operator was run")
+
+    monkeypatch.setattr("brim.memory.scratch._ask", refused)
+    monkeypatch.setattr("brim.memory.scratch._ANSWERS", {})
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(16384, 8192, 16384), (1, 2**14, 2**14), (2**14, 2, 2**14)])
+def test_no_large_operator_is_run(rows: int, inner: int, columns: int) -> None:
+    """Many multiplications, a large operand or a large result: such an operator is not run, and takes its outputs."""
+    with FakeWorld() as world:
+        world.meter.inside = scratch_bytes
+        left, right = torch.empty(rows, inner, dtype=torch.bfloat16), torch.empty(inner, columns, dtype=torch.bfloat16)
+        before = world.meter.trace.live_bytes
+        out = left @ right
+        assert world.meter.trace.peak_bytes == before + out.nbytes
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_gpu_asks_nothing_of_the_processor_here() -> None:
+    """A rehearsal for a GPU runs no operator; the same recipe for a CPU does."""
+    config = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "vocab_size": 100,
+    }  # fmt: skip
+    spec = ModelSpec(name="llama", kind="directory", config=config, num_parameters=1, tied_head=False)
+    recipe = Recipe(model="llama", seq_len=16, micro_batch_size=1)
+    assert rehearse_trace(spec, recipe, device=find("h100"), whole_run=True).peak_bytes > 0
+    with pytest.raises(AssertionError, match="an operator was run"):
+        rehearse_trace(spec, recipe)
