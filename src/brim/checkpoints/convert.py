@@ -58,11 +58,12 @@ def quantize(
     calibration_progress: Progress = no_progress,
 ) -> QuantizationReport:
     """Write the model in directory `source` to the new directory `output`, its floats as FP16 or BF16, or its linear
-    weights as INT8, INT4 or FP8 (compressed-tensors), INT8 or NF4 (bitsandbytes), or all of it in one GGUF file;
-    tokenizer, generation settings and licences go along. `layout` None: the format's default. `granularity` is that of
-    integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen; `calibration` is the
-    text that "calibrated" needs, and what that decides is kept beside the output until it is done. `mixture` says which
-    linear weights get another of these integers, or stay. `unpickle` reads the weights from PyTorch's .bin files.
+    weights as INT8, INT4, FP8 or MXFP4 (compressed-tensors), INT8 or FP8 (torchao), INT8 or NF4 (bitsandbytes), or all
+    of it in one GGUF file; tokenizer, generation settings and licences go along. `layout` None: the format's default.
+    `granularity` is that of integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen;
+    `calibration` is the text that "calibrated" needs, and what that decides is kept beside the output until it is done.
+    `mixture` says which linear weights get another of these integers, or stay. `unpickle` reads the weights from
+    PyTorch's .bin files.
 
     Takes at most `memory_bytes` beside what the interpreter has. `progress` counts bytes read from the source and back
     from the output. The output appears whole or not at all. With `resume`, what a killed run did is not done again,

@@ -11,9 +11,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from brim.errors import UsageError
+from brim.models.directory import StoredTensor
 from brim.models.quiet import quiet_transformers
 from brim.models.skeleton import skeleton
 from brim.models.spec import ModelSpec
+
+FLOATS = ("fp64", "fp32", "fp16", "bf16")
+"""What is quantized; anything else is as it was meant to be."""
 
 
 class Linears(NamedTuple):
@@ -63,6 +67,12 @@ def find_linears(
     left_alone = tuple(sorted(linears.keys() - wanted.keys()))
     modules_of = {weight: name for name, weight in wanted.items()}
     return Linears(frozenset(wanted.values()) - transposed, left_alone, transposed, modules_of)
+
+
+def float_matrices(stored: Iterable[StoredTensor]) -> list[str]:
+    """Names of the tensors that could be weights of linear modules."""
+    specs = (tensor.spec for tensor in stored)
+    return [spec.name for spec in specs if spec.dtype in FLOATS and len(spec.shape) == 2 and spec.numel > 0]
 
 
 def _inputs(module: nn.Linear | Conv1D) -> int:

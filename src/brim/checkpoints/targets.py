@@ -6,16 +6,18 @@ from typing import Literal
 
 from brim.errors import UsageError
 
-Target = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "nf4", "q8_0", "q4_0"]
+Target = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp8_e5m2", "mxfp4", "nf4", "q8_0", "q4_0"]
 Family = Literal["plain", "compressed-tensors", "bitsandbytes", "torchao", "gguf"]
-"""Whose layout it is; compressed-tensors has one for each format."""
+"""Whose layout it is; compressed-tensors has one for each format, but no word for FP8 E5M2 (8-bit floats are E4M3)."""
 LAYOUTS: Mapping[Target, tuple[Family, ...]] = {
     "fp32": ("plain", "gguf"),
     "fp16": ("plain", "gguf"),
     "bf16": ("plain", "gguf"),
     "int8": ("compressed-tensors", "bitsandbytes", "torchao"),
     "int4": ("compressed-tensors",),
-    "fp8": ("compressed-tensors",),
+    "fp8": ("compressed-tensors", "torchao"),
+    "fp8_e5m2": ("torchao",),
+    "mxfp4": ("compressed-tensors",),
     "nf4": ("bitsandbytes",),
     "q8_0": ("gguf",),
     "q4_0": ("gguf",),
@@ -35,6 +37,11 @@ class CalibrationText:
 
     text: str
     max_tokens: int = TOKENS
+
+
+def element_format(to: Target) -> str:
+    """The row of `numerics.formats`; of the two FP8 formats, `fp8` is the one with more digits."""
+    return "fp8_e4m3" if to == "fp8" else to
 
 
 def checked_layout(to: Target, layout: Family | None) -> Family:

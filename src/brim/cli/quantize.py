@@ -92,7 +92,10 @@ _Memory = Annotated[
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, Hub id, directory or .gguf file.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="int8, int4, nf4, fp8, q8_0, q4_0, fp32, fp16 or bf16.")],
+    to: Annotated[
+        str,
+        typer.Option(metavar="FORMAT", help="int8, int4, nf4, mxfp4, fp8, fp8_e5m2, q8_0, q4_0, fp32, fp16 or bf16."),
+    ],
     output: _Output = None,
     layout: _Layout = None,
     granularity: _Granularity = None,
@@ -109,7 +112,7 @@ def command(
     plot: _Plot = None,
     json: Json = False,
 ) -> None:
-    """A smaller checkpoint: floats, INT8, INT4 or FP8 linear weights, or a GGUF file."""
+    """A smaller checkpoint: floats, INT8, INT4, MXFP4 or FP8 linear weights, or a GGUF file."""
     from brim.checkpoints.convert import audit, quantize
     from brim.checkpoints.mixture import parse_mixture
     from brim.numerics.granularity import parse_granularity

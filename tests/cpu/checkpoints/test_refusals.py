@@ -191,7 +191,9 @@ def test_a_damaged_file_is_refused(source: Path, tmp_path: Path, capsys: Capture
 @pytest.mark.parametrize("to", ["int3", "gguf", ""])
 def test_an_unknown_format_lists_the_known(to: str, source: Path, tmp_path: Path, capsys: Captured) -> None:
     """A format that there is not is refused with those that there are; capitals do not matter."""
-    assert "formats: fp32, fp16, bf16, int8, int4, fp8, nf4" in refused([str(source), "--to", to], 2, capsys)
+    assert "formats: fp32, fp16, bf16, int8, int4, fp8, fp8_e5m2, mxfp4, nf4" in refused(
+        [str(source), "--to", to], 2, capsys
+    )
     assert main(["quantize", str(source), "--to", "BF16", "--output", str(tmp_path / "fine")]) == 0
 
 
