@@ -72,6 +72,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "memory": Memory(activation_checkpointing="full"),
     },
     "qat scales, int8 by channel": {"method": "qat", "qat": Qat(format="int8", granularity="channel", train="scales")},
+    "qat updates": {"method": "qat", "qat": Qat(granularity="group:8", train="adapters")},
     "qlora, chunked": {"method": "qlora", "precision": Precision(weights="nf4"), "memory": Memory(loss="chunked")},
     "qlora int8, checkpointed": {
         "method": "qlora",

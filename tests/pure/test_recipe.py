@@ -227,6 +227,24 @@ def test_what_cannot_be_divided_is_refused(settings: tuple[str, ...], nearest: t
 @pytest.mark.parametrize(
     ("settings", "nearest"),
     [
+        (("qat.train=adapters", "lora.dropout=0.1"), ("lora.dropout=0",)),
+        (("qat.train=adapters", "lora.dora=true"), ("lora.dora=false",)),
+        (("qat.train=adapters", 'lora.targets=["q_proj"]'), ('lora.targets=["all-linear"]',)),
+        (("qat.activations=int8", "task=seq2seq-lm"), ("qat.activations=none",)),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(settings: tuple[str, ...], nearest: tuple[str, ...]) -> None:
+    """What the refusal names is accepted in its place."""
+    with pytest.raises(RecipeError) as refused:
+        Recipe(model=MODEL).with_settings(["method=qat", *settings])
+    for setting in nearest:
+        assert setting.replace("=", " = ").replace('"', "") in str(refused.value).replace('"', "")
+    assert Recipe(model=MODEL).with_settings(["method=qat", *settings, *nearest]).method == "qat"
+
+
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
         (("method=qlora",), ("method=lora",)),
         (("method=qlora", "precision.weights=fp32"), ("precision.weights=nf4",)),
         (("precision.weights=nf4",), ("method=qlora",)),

@@ -11,7 +11,11 @@ the last code counts as clipped) and from autograd through a straight-through es
 function that keeps input, weight and scale; used weight and codes are made anew in backward, so that no second copy of
 the weights lives between the two. Arithmetic is FP32 whatever the weights are.
 
-Shapes: R outputs, K inputs, S scales of a row, B weights that share one (per tensor: R = 1, S = 1).
+A frozen weight may have a learned update of low rank, which is added before rounding: w = w0 + factor up down. So it is
+gone from what is saved: the integers have it in them, as an adapter beside rounded weights would not be.
+
+Shapes: R outputs, K inputs, S scales of a row, B weights that share one (per tensor: R = 1, S = 1); L the
+update's rank.
 """
 
 from dataclasses import dataclass
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brim.errors import RecipeError
+from brim.layers.rounded_tokens import rounded_tokens
 from brim.numerics.granularity import Granularity, PerGroup, PerTensor
 
 Start = Literal["absmax", "mean", "least-squares"]
@@ -104,65 +109,124 @@ def _codes(blocks_RSB: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
     return (blocks_RSB / scale_RS.clamp(min=_LEAST_SCALE)[..., None]).round_().clamp_(grid.low, grid.high)
 
 
-class FakeQuantizedLinear(nn.Linear):
-    """`nn.Linear` whose weight is used rounded to `grid` with a scale that is learned beside it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """A learned update of low rank."""
 
-    def __init__(self, linear: nn.Linear, *, grid: Grid, start: Start) -> None:
+    rank: int
+    factor: float
+
+
+class FakeQuantizedLinear(nn.Linear):
+    """`nn.Linear` whose weight is used rounded to `grid` with a scale that is learned beside it.
+
+    `rounds_tokens`: its inputs are rounded, too, each token's to INT8 by its own largest.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        grid: Grid,
+        start: Start,
+        update: Update | None = None,
+        rounds_tokens: bool = False,
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         grid.check(self.in_features)
-        self.grid = grid
+        self.grid, self.rounds_tokens = grid, rounds_tokens
         self.weight, self.bias = linear.weight, linear.bias
         self.scale = nn.Parameter(first_scale(linear.weight, grid, start))
+        self.factor = 0.0
+        self.down: nn.Parameter | None = None
+        self.up: nn.Parameter | None = None
+        if update is not None:
+            # as PEFT begins: nothing is added yet
+            self.factor = update.factor
+            self.down = nn.Parameter(torch.empty_like(linear.weight[:1].expand(update.rank, -1)))
+            self.up = nn.Parameter(torch.zeros_like(linear.weight[:, :1].expand(-1, update.rank)))
+            nn.init.kaiming_uniform_(self.down, a=5**0.5)
 
     def forward(self, input: Tensor) -> Tensor:
         """In the input's format; under autocast in autocast's."""
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        result: Tensor = _Product.apply(input.to(dtype), self.weight, self.scale, bias, self.grid)  # type: ignore[no-untyped-call]
+        result: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            input.to(dtype), self.weight, self.scale, bias, self.up, self.down, self
+        )
         return result
 
     def stored_scale(self, dtype: torch.dtype) -> Tensor:
         """scale_RS in the format that a checkpoint holds it in: the one that the product was trained with."""
-        return self.scale.detach().clamp(min=_LEAST_SCALE).to(dtype)
+        return _stored(self.scale.detach(), dtype)
 
     def codes(self) -> Tensor:
         """int8 codes_RK: with the stored scale in the weight's format they are the weight that was trained."""
         scale = self.stored_scale(self.weight.dtype).float()
-        codes = _codes(self.grid.blocks(self.weight.detach().float()), scale, self.grid)
-        return codes.view(self.weight.shape).to(torch.int8)
+        weight = _updated(self.weight.detach(), self.up, self.down, self.factor)
+        return _codes(self.grid.blocks(weight), scale, self.grid).view(self.weight.shape).to(torch.int8)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return scale.clamp(min=_LEAST_SCALE).to(dtype)
+
+
+def _updated(weight_RK: Tensor, up_RL: Tensor | None, down_LK: Tensor | None, factor: float) -> Tensor:
+    """FP32 weight_RK as it is rounded."""
+    if up_RL is None or down_LK is None:
+        return weight_RK.float()
+    return torch.addmm(weight_RK.float(), up_RL.detach().float(), down_LK.detach().float(), alpha=factor)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight_RK: Tensor, scale_RS: Tensor, bias_R: Tensor | None, grid: Grid
+        ctx: Any,
+        input: Tensor,
+        weight_RK: Tensor,
+        scale_RS: Tensor,
+        bias_R: Tensor | None,
+        up_RL: Tensor | None,
+        down_LK: Tensor | None,
+        layer: FakeQuantizedLinear,
     ) -> Tensor:
-        ctx.grid = grid
-        ctx.save_for_backward(input, weight_RK, scale_RS)
-        used_RK, _, _ = _used(weight_RK, scale_RS, grid, input.dtype, slopes=False)
+        ctx.grid, ctx.factor, ctx.rounds_tokens = layer.grid, layer.factor, layer.rounds_tokens
+        ctx.save_for_backward(input, weight_RK, scale_RS, up_RL, down_LK)
         with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input, used_RK, bias_R)
+            weight = _updated(weight_RK, up_RL, down_LK, ctx.factor)
+            used_RK, _, _ = _used(weight, _stored(scale_RS, weight_RK.dtype), ctx.grid, input.dtype, slopes=False)
+            del weight
+            return F.linear(rounded_tokens(input) if ctx.rounds_tokens else input, used_RK, bias_R)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        input, weight_RK, scale_RS = ctx.saved_tensors
+        input, weight_RK, scale_RS, up_RL, down_LK = ctx.saved_tensors
         grid: Grid = ctx.grid
-        needs_input, needs_weight, needs_scale, needs_bias, _ = ctx.needs_input_grad
-        used_RK, slope, outside = _used(weight_RK, scale_RS, grid, grad.dtype, slopes=needs_weight or needs_scale)
+        needs_input, needs_weight, needs_scale, needs_bias, needs_update, _, _ = ctx.needs_input_grad
+        needs_any = needs_weight or needs_scale or needs_update
+        weight = _updated(weight_RK, up_RL, down_LK, ctx.factor)
+        used_RK, slope, outside = _used(weight, _stored(scale_RS, weight_RK.dtype), grid, grad.dtype, slopes=needs_any)
+        del weight
         grad_input = grad @ used_RK if needs_input else None
         del used_RK
-        grad_weight = grad_scale = None
-        if needs_weight or needs_scale:
-            through = grid.blocks((grad.flatten(0, -2).T @ input.flatten(0, -2)).float())
+        grad_weight = grad_scale = grad_up = grad_down = None
+        if needs_any:
+            seen = rounded_tokens(input) if ctx.rounds_tokens else input
+            through = grid.blocks((grad.flatten(0, -2).T @ seen.flatten(0, -2)).float())
+            del seen
             if needs_scale:
                 grad_scale = (through * slope).sum(-1) / (slope.shape[-1] * grid.high) ** 0.5
+            through = through.masked_fill_(outside, 0).view(weight_RK.shape)
+            if needs_update:
+                grad_up = (through @ down_LK.float().T).mul_(ctx.factor).to(up_RL.dtype)
+                grad_down = (up_RL.float().T @ through).mul_(ctx.factor).to(down_LK.dtype)
             if needs_weight:
-                grad_weight = through.masked_fill_(outside, 0).view(weight_RK.shape).to(weight_RK.dtype)
+                grad_weight = through.to(weight_RK.dtype)
         grad_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
-        return grad_input, grad_weight, grad_scale, grad_bias, None
+        return grad_input, grad_weight, grad_scale, grad_bias, grad_up, grad_down, None
 
 
 def _used(
@@ -170,10 +234,10 @@ def _used(
 ) -> tuple[Tensor, Any, Any]:
     """(used weight_RK in `dtype`; its derivative by the scale, and where it has none by the weight, as (R, S, B)).
 
-    The scale is the one that a checkpoint in the weight's format will hold.
+    The weight is FP32; the scale in the format that a checkpoint will hold it in.
     """
-    scale = scale_RS.clamp(min=_LEAST_SCALE).to(weight_RK.dtype).float()[..., None]
-    ratio = grid.blocks(weight_RK.float()) / scale
+    scale = scale_RS.float()[..., None]
+    ratio = grid.blocks(weight_RK) / scale
     codes = ratio.round().clamp_(grid.low, grid.high)
     used_RK = (codes * scale).view(weight_RK.shape).to(dtype)
     if not slopes:

@@ -167,7 +167,7 @@ class _Step:
     @property
     def adapters(self) -> int:
         t = self.terms
-        return sum(stack.num_blocks * t.adapter_parameters(stack.block) for stack in t.parts.stacks)
+        return sum(stack.num_blocks * t.added_parameters(stack.block) for stack in t.parts.stacks)
 
     @property
     def trainable(self) -> int:
@@ -312,7 +312,7 @@ class _Step:
 
     def block_gradients(self, stack: Stack) -> int:
         linears = sum(line.num_parameters for line in stack.block.linears)
-        trained = linears if self.terms.trains_base else self.terms.adapter_parameters(stack.block)
+        trained = linears if self.terms.trains_base else self.terms.added_parameters(stack.block)
         return stack.num_blocks * (trained * self.terms.weight_bytes + self._block_scales(stack.block))
 
     def length(self, stack: Stack) -> int:

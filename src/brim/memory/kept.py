@@ -33,6 +33,8 @@ class Terms:
     trains_base: bool
     rank: int
     """0 without adapters."""
+    update_rank: int
+    """Of updates within rounded weights: they see no activation. 0 without."""
     targets: tuple[str, ...]
     adapter_dropout: bool
     eager: bool
@@ -57,6 +59,11 @@ class Terms:
     def adapter_parameters(self, block: Block) -> int:
         return sum(self.rank * (line.inputs + line.outputs) for line in block.linears if self.adapts(line))
 
+    def added_parameters(self, block: Block) -> int:
+        """Of adapters, or of updates."""
+        updates = sum(self.update_rank * (line.inputs + line.outputs) for line in block.linears)
+        return updates + self.adapter_parameters(block)
+
 
 def terms(parts: Anatomy, recipe: Recipe) -> Terms:
     encoder_decoder = len(parts.stacks) > 1
@@ -69,6 +76,7 @@ def terms(parts: Anatomy, recipe: Recipe) -> Terms:
         compute_bytes=ELEMENT_BYTES[recipe.precision.compute],
         trains_base=recipe.trains_weights,
         rank=recipe.lora.rank if recipe.adapts else 0,
+        update_rank=recipe.lora.rank if recipe.updates_rounded else 0,
         targets=recipe.lora.targets,
         adapter_dropout=recipe.adapts and recipe.lora.dropout > 0,
         eager=recipe.memory.attention == "eager",

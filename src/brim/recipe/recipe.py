@@ -65,6 +65,11 @@ class Recipe:
         return self.method in ("lora", "qlora")
 
     @property
+    def updates_rounded(self) -> bool:
+        """Whether updates of low rank are trained within rounded weights."""
+        return self.method == "qat" and self.qat.train == "adapters"
+
+    @property
     def trains_weights(self) -> bool:
         """Whether the model's own weights are trained."""
         return self.method == "full" or (self.method == "qat" and self.qat.train == "all")

@@ -28,6 +28,8 @@ def check_ranges(recipe: "Recipe") -> None:
             raise RecipeError(f"{key} = {value} is out of range; the least is {least}")
     if not 0 < recipe.optimizer.learning_rate < 1:
         raise RecipeError(f"optimizer.learning_rate = {recipe.optimizer.learning_rate} is not between 0 and 1")
+    if not 0 <= recipe.qat.scale_rate < 1000:
+        raise RecipeError(f"qat.scale_rate = {recipe.qat.scale_rate} is out of range; the least is 0")
     if not 0 <= recipe.lora.dropout < 1:
         raise RecipeError(f"lora.dropout = {recipe.lora.dropout} is out of range; it is a share, from 0 to below 1")
     try:
@@ -65,6 +67,7 @@ def check_runs(recipe: "Recipe") -> None:
     _check_fp16(recipe)
     _check_packed(recipe)
     _check_dora(recipe)
+    _check_qat(recipe)
     _check_rounding(recipe)
     _check_parallel(recipe)
     _check_offload(recipe)
@@ -189,6 +192,20 @@ def _check_dora(recipe: "Recipe") -> None:
         )
 
 
+def _check_qat(recipe: "Recipe") -> None:
+    lora = recipe.lora
+    if recipe.method == "qat" and recipe.qat.activations == "int8" and recipe.task == "seq2seq-lm":
+        raise RecipeError(
+            'qat.activations = "int8" is not read back for T5-like models: transformers looks for a plain weight where '
+            'inputs are rounded; nearest: qat.activations = "none"'
+        )
+    if recipe.updates_rounded and (lora.dora or lora.dropout or lora.targets != ("all-linear",)):
+        raise RecipeError(
+            'qat.train = "adapters" adds its update to every weight before it is rounded, without lora.dora, '
+            'lora.dropout or lora.targets; nearest: lora.dora = false, lora.dropout = 0, lora.targets = ["all-linear"]'
+        )
+
+
 def _check_in_backward(recipe: "Recipe") -> None:
     if not recipe.optimizer.in_backward:
         return
@@ -271,7 +288,7 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'library.packed has no effect: precision.weights is "{recipe.precision.weights}"')
     if recipe.library.frozen != "compute" and not recipe.precision.packed:
         found.append(f'library.frozen has no effect: precision.weights is "{recipe.precision.weights}"')
-    if not recipe.adapts and recipe.lora != Lora():
+    if not (recipe.adapts or recipe.updates_rounded) and recipe.lora != Lora():
         found.append(f'[lora] has no effect: method is "{recipe.method}"')
     if recipe.method != "qat" and recipe.qat != Qat():
         found.append(f'[qat] has no effect: method is "{recipe.method}"')

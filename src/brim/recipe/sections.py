@@ -103,6 +103,11 @@ class Lora:
     dora: bool = False
     """Each output's length is learned apart from its direction (DoRA): slower, and one more copy of adapted weights."""
 
+    @property
+    def factor(self) -> float:
+        """What an adapter's product is scaled by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qat:
@@ -113,8 +118,13 @@ class Qat:
     start: Literal["absmax", "mean", "least-squares"] = "least-squares"
     """Scales to begin with: the largest weight is the last code; 2 mean|w| / sqrt(last code), LSQ's own; or the least
     squared error."""
-    train: Literal["all", "scales"] = "all"
-    """scales: every weight stays as it is, only their scales are learned."""
+    activations: Literal["none", "int8"] = "none"
+    """int8: the linear layers' inputs are rounded, too, each token's by its own largest value."""
+    train: Literal["all", "adapters", "scales"] = "all"
+    """adapters: every weight stays as it is, and an update of [lora]'s rank is added before it is rounded, so that the
+    saved integers have it in them. scales: only the scales are learned."""
+    scale_rate: float = 1.0
+    """The scales' learning rate, as a multiple of optimizer.learning_rate."""
 
     @property
     def bits(self) -> int:

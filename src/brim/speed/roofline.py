@@ -181,7 +181,7 @@ def _forward_backward_traffic(t: Terms, *, checkpointed: bool) -> int:
 def _optimizer_traffic(spec: ModelSpec, recipe: Recipe, t: Terms) -> int:
     """Reads the gradient, passes over weight and states (fused AdamW reads and writes each once); clipping reads and
     writes gradients once more. Over FP32 masters all but weight and gradient are FP32."""
-    adapters = sum(stack.num_blocks * t.adapter_parameters(stack.block) for stack in t.parts.stacks)
+    adapters = sum(stack.num_blocks * t.added_parameters(stack.block) for stack in t.parts.stacks)
     trained = spec.num_parameters if t.trains_base else adapters
     gradient, passes = 3 * t.weight_bytes, state_cost(recipe.optimizer).step_passes
     if recipe.precision.master == "fp32" and t.weight_bytes < FP32:

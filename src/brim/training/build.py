@@ -158,6 +158,7 @@ def _stepper(model: nn.Module, recipe: Recipe, ranks: Ranks, at_home: list[nn.Pa
         fp32_master=recipe.precision.master == "fp32" and recipe.plain_format != "fp32",
         fused=recipe.library.adamw == "fused",
         undecayed=scales_of(model),
+        undecayed_rate=recipe.qat.scale_rate,
         on_host=recipe.memory.offloads_optimizer,
         at_home=at_home,
         shares=Shares(trained, ranks) if divides_states else None,

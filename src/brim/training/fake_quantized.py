@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from brim.checkpoints.layouts import pack_quantized
 from brim.errors import RecipeError
-from brim.layers.fake_quantize import FakeQuantizedLinear, Grid
+from brim.layers.fake_quantize import FakeQuantizedLinear, Grid, Update
 from brim.layers.swap import swap
 from brim.numerics.granularity import parse_granularity
 from brim.recipe import Recipe
@@ -23,6 +23,8 @@ def quantize_fake(model: PreTrainedModel, recipe: Recipe) -> None:
     Raises RecipeError where groups do not fill a layer's rows, or there is nothing to quantize.
     """
     grid = Grid(bits=recipe.qat.bits, granularity=parse_granularity(recipe.qat.granularity))
+    update = Update(rank=recipe.lora.rank, factor=recipe.lora.factor) if recipe.updates_rounded else None
+    rounds_tokens = recipe.qat.activations == "int8"
 
     def make(module: nn.Module) -> nn.Module:
         if not isinstance(module, nn.Linear):
@@ -30,19 +32,26 @@ def quantize_fake(model: PreTrainedModel, recipe: Recipe) -> None:
                 f"{type(model).__name__} holds its linear layers transposed, which no layout of integers does; "
                 'nearest: method = "full"'
             )
-        return FakeQuantizedLinear(module, grid=grid, start=recipe.qat.start)
+        start = recipe.qat.start
+        return FakeQuantizedLinear(module, grid=grid, start=start, update=update, rounds_tokens=rounds_tokens)
 
     if not swap(model, match=inner_linears(model, recipe.task), make=make):
         raise RecipeError(f'{type(model).__name__} has no linear layer to quantize; nearest: method = "full"')
-    if recipe.qat.train == "scales":
+    if recipe.qat.train != "all":
         model.requires_grad_(False)
-        for scale in scales_of(model):
-            scale.requires_grad_(True)
+        for layer in _layers_of(model):
+            for learned in (layer.scale, layer.up, layer.down):
+                if learned is not None:
+                    learned.requires_grad_(True)
 
 
 def scales_of(model: nn.Module) -> list[nn.Parameter]:
     """The learned scales: weight decay, which pulls to zero, is not for them."""
-    return [module.scale for module in model.modules() if isinstance(module, FakeQuantizedLinear)]
+    return [layer.scale for layer in _layers_of(model)]
+
+
+def _layers_of(model: nn.Module) -> list[FakeQuantizedLinear]:
+    return [module for module in model.modules() if isinstance(module, FakeQuantizedLinear)]
 
 
 def save_integers(model: PreTrainedModel, directory: Path, recipe: Recipe) -> None:
@@ -56,7 +65,12 @@ def save_integers(model: PreTrainedModel, directory: Path, recipe: Recipe) -> No
         elif key == "weight":
             tensors |= {f"{parent}.{suffix}": part for suffix, part in _packed(layers[parent]).items()}
     left_alone = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    settings = pack_quantized.config(bits=recipe.qat.bits, granularity=recipe.qat.granularity, ignore=left_alone)
+    settings = pack_quantized.config(
+        bits=recipe.qat.bits,
+        granularity=recipe.qat.granularity,
+        ignore=left_alone,
+        rounds_tokens=recipe.qat.activations == "int8",
+    )
     model.config.quantization_config = settings
     try:
         model.save_pretrained(directory, state_dict=tensors)

@@ -37,8 +37,8 @@ _READ_AS_NUMBERS = {"adamw8bit": ("step",)}
 class Stepper:
     """Steps parameters from their gradients and frees the gradients.
 
-    `undecayed`: those of the parameters that weight decay leaves alone. `at_home`: those that are on the host
-    themselves.
+    `undecayed`: those of the parameters that weight decay leaves alone, stepped at `undecayed_rate` times the learning
+    rate. `at_home`: those that are on the host themselves.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Stepper:
         fp32_master: bool,
         fused: bool = True,
         undecayed: Iterable[nn.Parameter] = (),
+        undecayed_rate: float = 1.0,
         on_host: bool = False,
         at_home: Iterable[nn.Parameter] = (),
         shares: Shares | None = None,
@@ -74,7 +75,9 @@ class Stepper:
         kept = {id(parameter) for parameter in undecayed}
         spared = [own for own, p in zip(self._masters or parameters, parameters, strict=True) if id(p) in kept]
         self._optimizers = [
-            _optimizer(_groups(group, spared, settings.weight_decay), settings, fused=fused, maps=self._maps)
+            _optimizer(
+                _groups(group, spared, settings.weight_decay, undecayed_rate), settings, fused=fused, maps=self._maps
+            )
             for group in groups
         ]
         self._one_by_one = one_by_one
@@ -103,7 +106,7 @@ class Stepper:
         """Of the steps from now on; before backward, which may step."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["rate"]
 
     def step(self, factor: float = 1.0) -> None:
         """One update from the gradients there are, each times `factor`; afterwards no parameter has one."""
@@ -217,13 +220,15 @@ class Stepper:
             yield self._optimizers[index if self._one_by_one else 0].state.get(parameter, {})
 
 
-def _groups(owned: list[nn.Parameter], spared: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """As torch's optimizers take them: what decays, and what does not."""
+def _groups(
+    owned: list[nn.Parameter], spared: list[nn.Parameter], decay: float, spared_rate: float
+) -> list[dict[str, Any]]:
+    """As torch's optimizers take them: what decays, and what does not; `rate` is a group's multiple of the rate."""
     kept = {id(parameter) for parameter in spared}
     decayed = [parameter for parameter in owned if id(parameter) not in kept]
     alone = [parameter for parameter in owned if id(parameter) in kept]
-    pairs = ((decayed, decay), (alone, 0.0))
-    return [{"params": chosen, "weight_decay": own} for chosen, own in pairs if chosen]
+    parts = ((decayed, decay, 1.0), (alone, 0.0, spared_rate))
+    return [{"params": chosen, "weight_decay": own, "rate": rate} for chosen, own, rate in parts if chosen]
 
 
 def _optimizer(

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from brim.errors import RecipeError
-from brim.layers.fake_quantize import FakeQuantizedLinear, Grid, Start, first_scale
+from brim.layers.fake_quantize import FakeQuantizedLinear, Grid, Start, Update, first_scale
+from brim.layers.rounded_tokens import rounded_tokens
 from brim.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 GRANULARITIES: dict[str, Granularity] = {"tensor": PerTensor(), "channel": PerChannel(), "group": PerGroup(8)}
@@ -56,6 +60,46 @@ def test_gradients_are_those_of_the_formula(name: str, bits: int) -> None:
     expected_scale = scale.grad / (shared * (2 ** (bits - 1) - 1)) ** 0.5
     assert torch.allclose(layer.scale.grad, expected_scale, rtol=1e-3, atol=1e-4)  # type: ignore[arg-type]
     assert torch.allclose(layer.bias.grad, upstream.sum((0, 1)), atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_rounded_tokens_are_compressed_tensors() -> None:
+    """Each token's inputs are what compressed-tensors makes of them; a token of zeros stays one."""
+    arguments = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+    tokens = random_tensor(2, 7, 64)
+    scale, zero = compute_dynamic_scales_and_zp(tokens, arguments, nn.Identity())
+    assert torch.allclose(rounded_tokens(tokens), fake_quantize(tokens, scale, zero, arguments), atol=1e-6)
+    assert torch.equal(rounded_tokens(torch.zeros(1, 4)), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("rounds_tokens", [False, True])
+def test_gradients_of_an_update_within_rounding(rounds_tokens: bool) -> None:
+    """Both factors' gradients, the scale's and the input's are autograd's through w0 + factor up down, rounded."""
+    linear = nn.Linear(24, 10)
+    grid = Grid(bits=3, granularity=PerGroup(8))
+    update = Update(rank=3, factor=0.5)
+    layer = FakeQuantizedLinear(linear, grid=grid, start="mean", update=update, rounds_tokens=rounds_tokens)
+    layer.weight.requires_grad_(False)
+    assert layer.up is not None and layer.down is not None
+    layer.up.data.copy_(random_tensor(10, 3, seed=4))
+    up, down, scale = (tensor.detach().clone().requires_grad_() for tensor in (layer.up, layer.down, layer.scale))
+    input, reference_input = (random_tensor(2, 5, 24, seed=1).requires_grad_() for _ in range(2))
+    clipped = (grid.blocks(layer.weight + 0.5 * up @ down) / scale[..., None]).clamp(grid.low, grid.high)
+    used = ((clipped + (clipped.round() - clipped).detach()) * scale[..., None]).view(10, 24)
+    seen = reference_input + (rounded_tokens(reference_input) - reference_input).detach() * rounds_tokens
+    expected, result = nn.functional.linear(seen, used, layer.bias.detach()), layer(input)
+    assert torch.allclose(result, expected, atol=1e-5)
+    upstream = random_tensor(2, 5, 10, seed=2)
+    result.backward(upstream)
+    expected.backward(upstream)
+    pairs = (
+        (layer.up, up, 1.0),
+        (layer.down, down, 1.0),
+        (layer.scale, scale, (8 * 3) ** 0.5),
+        (input, reference_input, 1.0),
+    )
+    for ours, theirs, factor in pairs:
+        assert torch.allclose(factor * ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)  # type: ignore[operator, arg-type]
+    assert layer.weight.grad is None
 
 
 def test_the_three_cases_of_the_paper() -> None:

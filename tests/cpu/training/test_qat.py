@@ -17,7 +17,7 @@ from brim.checkpoints.layouts import pack_quantized
 from brim.errors import RecipeError, Stopped
 from brim.layers.fake_quantize import FakeQuantizedLinear
 from brim.models import describe
-from brim.recipe import Optimizer, Precision, Qat, Recipe, Training
+from brim.recipe import Lora, Optimizer, Precision, Qat, Recipe, Training
 from brim.training.batches import synthetic_batch
 from brim.training.build import Workload, build
 from brim.training.fake_quantized import save_integers
@@ -66,6 +66,34 @@ def test_scales_alone(make_recipe: MakeRecipe, make_workload: MakeWorkload) -> N
     assert all(torch.equal(dict(workload.model.named_parameters())[name], tensor) for name, tensor in frozen.items())
 
 
+def test_updates_within_rounding_alone(make_recipe: MakeRecipe, make_workload: MakeWorkload) -> None:
+    """With qat.train = adapters the loss falls, factors and scales move, and no weight, norm or embedding does."""
+    qat = Qat(format="int4", granularity="group:16", train="adapters")
+    recipe = make_recipe("llama", method="qat", qat=qat, lora=Lora(rank=4))
+    workload = make_workload(recipe)
+    assert {name.rpartition(".")[2] for name in workload.trainable} == {"scale", "up", "down"}
+    before = {name: p.detach().clone() for name, p in workload.model.named_parameters()}
+    batch = synthetic_batch(recipe, describe(recipe.model))
+    losses = [float(train_step(workload, [batch], learning_rate=3e-3)) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    for name, parameter in workload.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+def test_scales_have_a_rate_of_their_own(make_recipe: MakeRecipe, make_workload: MakeWorkload) -> None:
+    """At qat.scale_rate = 0 no scale moves; at 10, AdamW's first step moves each ten times as far as at 1."""
+    moved = {}
+    for rate in (0.0, 1.0, 10.0):
+        recipe = make_recipe("llama", method="qat", qat=Qat(granularity="channel", scale_rate=rate))
+        workload = make_workload(recipe)
+        name = next(name for name in workload.trainable if name.endswith(".scale"))
+        before = workload.trainable[name].detach().clone()
+        train_step(workload, [synthetic_batch(recipe, describe(recipe.model))], learning_rate=1e-4)
+        moved[rate] = workload.trainable[name].detach() - before
+    assert not moved[0.0].any() and moved[1.0].any()
+    assert torch.allclose(moved[10.0], 10 * moved[1.0], rtol=1e-2, atol=1e-7)
+
+
 @pytest.mark.parametrize("master", ["none", "fp32"])
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "sgd", "lion"])
 def test_weight_decay_leaves_scales_alone(
@@ -112,6 +140,23 @@ def test_readers_see_the_trained_weights(
             assert f"{name}.weight" not in stored
             codes = unpack_from_int32(stored[f"{name}.weight_packed"], module.grid.bits, module.weight.shape)
             assert torch.equal(codes, module.codes())
+
+
+def test_readers_see_updates_and_round_tokens(make_run: MakeRun, tmp_path: Path) -> None:
+    """The integers have the update in them, and transformers rounds each token's inputs as training did."""
+    qat = Qat(granularity="group:16", train="adapters", activations="int8")
+    job = make_run("llama", training=Training(max_steps=3), method="qat", qat=qat, lora=Lora(rank=4))
+    run(job)
+    loaded, trained = AutoModelForCausalLM.from_pretrained(job.output).eval(), trained_again(job)
+    inputs = {"input_ids": torch.arange(1, 13)[None]}
+    with torch.no_grad():
+        ours, theirs = trained(**inputs).logits, loaded(**inputs).logits
+        for module in trained.modules():
+            if isinstance(module, FakeQuantizedLinear):
+                module.rounds_tokens = False
+        plain = trained(**inputs).logits
+    assert torch.allclose(ours, theirs, atol=1e-4) and not torch.allclose(ours, plain, atol=1e-4)
+    assert not [name for name in load_file(job.output / "model.safetensors") if name.endswith((".up", ".down"))]
 
 
 def trained_again(job: Run) -> nn.Module:

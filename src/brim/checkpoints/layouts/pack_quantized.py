@@ -21,6 +21,7 @@ from brim.numerics.granularity import Granularity
 
 LAYOUT = "pack-quantized"
 PACKED_SUFFIX = "_packed"
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def outputs(weight: TensorSpec, *, format: str, granularity: Granularity) -> tuple[TensorSpec, TensorSpec]:
@@ -81,18 +82,23 @@ class Group(NamedTuple):
     """`channel` or `group:32`."""
     targets: tuple[str, ...] = ("Linear",)
     """Names of modules, or of their class: then all but those that are left alone."""
+    rounds_tokens: bool = False
 
 
-def config(*, bits: int, granularity: str, ignore: Sequence[str]) -> Mapping[str, Any]:
-    """`quantization_config` of config.json; `ignore` names every linear module that was left alone."""
-    return config_of([Group(bits, granularity)], ignore=ignore)
+def config(*, bits: int, granularity: str, ignore: Sequence[str], rounds_tokens: bool = False) -> Mapping[str, Any]:
+    """`quantization_config` of config.json; `ignore` names every linear module that was left alone.
+
+    `rounds_tokens`: readers round each token's inputs to INT8, as the model was trained.
+    """
+    return config_of([Group(bits, granularity, rounds_tokens=rounds_tokens)], ignore=ignore)
 
 
 def config_of(groups: Sequence[Group], *, ignore: Sequence[str]) -> Mapping[str, Any]:
     """As `config`, of modules that are stored in several ways. llama.cpp's converter reads one group alone."""
     # transformers then makes plain weights of the codes when it loads, as it would at the first use; so T5 loads, too.
     # It takes all dense modules to be of one group there (5.23, get_dense_scheme), so not where there are several.
-    at_once = {"dequantize": True} if len(groups) == 1 else {}
+    # Plain modules would not round their inputs.
+    at_once = {"dequantize": True} if len(groups) == 1 and not groups[0].rounds_tokens else {}
     return {
         "quant_method": "compressed-tensors",
         "format": LAYOUT,
@@ -114,7 +120,7 @@ def _settings(group: Group) -> Mapping[str, Any]:
     return {
         "targets": list(group.targets),
         "weights": weights,
-        "input_activations": None,
+        "input_activations": _TOKENS if group.rounds_tokens else None,
         "output_activations": None,
         "format": LAYOUT,
     }
