@@ -28,7 +28,7 @@ bench: $(READY)
 
 # What learned scales win back, against rounding afterwards; an hour or two, kept cell by cell; writes docs/qat.md.
 qat: $(READY)
-	$(PY) -W ignore benchmarks/qat_quality.py --docs
+	$(PY) -W ignore -m benchmarks.qat_quality --docs
 
 # Every family x lever, rehearsed and run for real; writes docs/exactness.md. About a quarter of an hour.
 exactness: $(READY)

@@ -2,12 +2,13 @@
 
 Any training on the text lowers perplexity, so the measure is against a control. C: so many steps in full precision.
 R: that control rounded to nearest (absmax scales). Q: the same steps on the same rows at the same learning rate through
-rounding, saved as integers and read back by transformers. recovered = (R - Q) / (R - C).
+rounding, saved as integers and read back by transformers. recovered = (R - Q) / (R - C). Beside it torchao's QAT.
 
-Training text: WikiText-2's validation articles but for the eight that ship with the package, which are the evaluation
-text. Each finished cell is kept in PLACE and not run again; `make qat` writes docs/qat.md from them.
+Of WikiText-2's validation articles the eight that ship with the package are the evaluation text, four others choose the
+learning rate in a sweep of fewer steps, and the rest is trained on. Each figure is kept in PLACE as soon as it is there
+and not made again, so a killed run goes on where it was; `make qat` writes docs/qat.md from them.
 
-    qat_quality.py [--place runs/qat] [--steps 120] [--docs] [CELL ...]
+    qat_quality.py [--place runs/qat] [--steps 120] [--sweep-steps 40] [--rate RATE] [--docs] [CELL ...]
 """
 
 import argparse
@@ -16,12 +17,17 @@ import logging
 import math
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from benchmarks.qat_peer import rounded, takes
+from transformers import AutoModelForCausalLM
 
 from brim.inference import held_text, load, perplexity
+from brim.inference.load import Loaded
 from brim.models import describe
 from brim.models.quiet import quiet_transformers
 from brim.models.weights import local_directory
@@ -38,8 +44,12 @@ HERE = Path(__file__).parent
 TEXT = HERE / "data" / "wikitext2_valid.txt"
 DOCUMENT = HERE.parent / "docs" / "qat.md"
 MODEL = "smollm2-135m"
-LEARNING_RATE = 2e-4
+RATES = (2e-4, 5e-4, 1e-3)
+"""Of the sweep: C and Q at each; the one with the lowest Q on the validation text is taken for all cells."""
+SWEPT = "int4 group:32"
 WINDOW, STRIDE = 512, 448
+EVERY = 13
+"""Each so-maniest article is of the validation text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +61,17 @@ class Cell:
 
 
 CELLS = {
-    "int4 group:32": Cell(qat=Qat(format="int4", granularity="group:32", start="absmax"), target=0.90),
+    "int4 group:32": Cell(qat=Qat(format="int4", granularity="group:32"), target=0.90),
     "int3 group:32": Cell(qat=Qat(format="int3", granularity="group:32"), target=0.75),
-    "int4 channel": Cell(qat=Qat(format="int4", granularity="channel", start="absmax"), target=0.70),
-    "int2 group:32": Cell(qat=Qat(format="int2", granularity="group:32", start="mean")),
+    "int4 channel": Cell(qat=Qat(format="int4", granularity="channel"), target=0.70),
+    "int2 group:32": Cell(qat=Qat(format="int2", granularity="group:32")),
+    "int8 tensor, inputs int8": Cell(qat=Qat(format="int8", granularity="tensor", activations="int8")),
 }
+PEERS = {"torchao": False, "torchao, range learning": True}
+Scores = dict[str, float]
 
 
-def recipe(steps: int, qat: Qat | None) -> Recipe:
+def recipe(steps: int, rate: float, qat: Qat | None = None) -> Recipe:
     """1,024 tokens a step; FP32 weights, products in BF16."""
     return Recipe(
         model=MODEL,
@@ -66,7 +79,7 @@ def recipe(steps: int, qat: Qat | None) -> Recipe:
         seq_len=512,
         micro_batch_size=2,
         precision=Precision(weights="fp32", compute="bf16"),
-        optimizer=Optimizer(learning_rate=LEARNING_RATE),
+        optimizer=Optimizer(learning_rate=rate),
         memory=Memory(loss="chunked"),
         training=Training(max_steps=steps, warmup_steps=min(10, steps // 4)),
         qat=qat or Qat(),
@@ -78,89 +91,180 @@ def articles(text: str) -> list[str]:
     return [part for part in re.split(r"(?m)^(?= = [^=].*[^=] = \n)", text) if part.strip()]
 
 
-def training_rows() -> list[Row]:
+def unheld() -> list[str]:
+    """All articles but those of the evaluation text."""
     held = {article.strip() for article in articles(held_text())}
-    rows = [Row("", article) for article in articles(TEXT.read_text(encoding="utf-8")) if article.strip() not in held]
-    assert len(held) == 8 and len(rows) == 52
-    return rows
+    others = [article for article in articles(TEXT.read_text(encoding="utf-8")) if article.strip() not in held]
+    assert len(held) == 8 and len(others) == 52
+    return others
 
 
-def train(made: Recipe, weights: Path, place: Path, name: str) -> Workload:
-    """The workload at the end of the run; a line every ten steps."""
-    data = tokenize(training_rows(), load_tokenizer(weights), made)
-    torch.manual_seed(0)
-    workload = build(made, describe(MODEL), weights=weights)
-    steps = made.training.max_steps
-    for step in range(steps):
-        rate = learning_rate(made, step, steps)
-        loss = float(train_step(workload, data.step_batches(made, step), learning_rate=rate))
-        if step % 10 == 9:
-            print(f"qat: {name}: step {step + 1}/{steps}, loss {loss:.4f}", flush=True)
-    return workload
+def training_rows() -> list[Row]:
+    return [Row("", article) for index, article in enumerate(unheld()) if index % EVERY]
 
 
-def integers(workload: Workload, made: Recipe, tokens_of: Path, place: Path) -> Path:
-    """The model as integers in Hugging Face form."""
-    save_integers(workload.base, place, made)
-    load_tokenizer(tokens_of).save_pretrained(place)
-    return place
+TEXTS: dict[str, Callable[[], str]] = {"validation": lambda: "".join(unheld()[::EVERY]), "evaluation": held_text}
 
 
-def measured(directory: Path) -> float:
-    """Perplexity over the evaluation text; products in BF16, as they were in training."""
-    loaded = load(directory, device="cpu")
-    loaded = loaded._replace(model=loaded.model.float())
+def scores(model: Loaded) -> Scores:
+    """Perplexity over each text; products in BF16, as they were in training."""
+    model.model.float().eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return perplexity(loaded, held_text(), window=WINDOW, stride=STRIDE, batch_size=4).value
+        return {
+            name: perplexity(model, text(), window=WINDOW, stride=STRIDE, batch_size=4).value
+            for name, text in TEXTS.items()
+        }
 
 
-def control(place: Path, weights: Path, steps: int) -> Path:
-    """The directory of the control, trained when it is not there."""
-    directory = place / "control"
-    if not (directory / "config.json").exists():
-        workload = train(recipe(steps, None), weights, place, "control")
-        workload.base.save_pretrained(directory)
-        load_tokenizer(weights).save_pretrained(directory)
-    return directory
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where figures are kept, and the model that all begin with."""
+
+    place: Path
+    weights: Path
+
+    @property
+    def kept(self) -> dict[str, Scores]:
+        path = self.place / "results.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def score(self, key: str, make: Callable[[], Scores]) -> Scores:
+        """What is kept under `key`; made and kept where it is not."""
+        if key not in self.kept:
+            found = make()
+            assert all(map(math.isfinite, found.values())), (key, found)
+            (self.place / "results.json").write_text(json.dumps(self.kept | {key: found}, indent=1))
+            print(f"qat: {key}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
+        return self.kept[key]
+
+    def train(self, workload: Workload, name: str) -> Workload:
+        """The workload at the end of its run; a line every ten steps."""
+        made, tokenizer = workload.recipe, load_tokenizer(self.weights)
+        data, steps = tokenize(training_rows(), tokenizer, made), workload.recipe.training.max_steps
+        for step in range(steps):
+            rate = learning_rate(made, step, steps)
+            loss = float(train_step(workload, data.step_batches(made, step), learning_rate=rate))
+            if step % 10 == 9:
+                print(f"qat: {name}: step {step + 1}/{steps}, loss {loss:.4f}", flush=True)
+        return workload
+
+    def built(self, made: Recipe, weights: Path | None = None) -> Workload:
+        torch.manual_seed(0)
+        return build(made, describe(MODEL), weights=weights or self.weights)
+
+    def as_it_is(self, workload: Workload) -> Scores:
+        return scores(Loaded(workload.base, load_tokenizer(self.weights)))
+
+    def as_integers(self, workload: Workload) -> Scores:
+        """Saved, and read by transformers."""
+        with self._scratch() as directory:
+            save_integers(workload.base, directory, workload.recipe)
+            # not our loader, which keeps what is packed in layers of ours
+            return scores(Loaded(AutoModelForCausalLM.from_pretrained(directory), load_tokenizer(self.weights)))
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        directory = self.place / "scratch"
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def control(self, steps: int, rate: float) -> Path:
+        """The directory of the control, trained when it is not there."""
+        directory = self.place / f"control-{steps}-{rate:g}"
+        if not (directory / "config.json").exists():
+            workload = self.train(self.built(recipe(steps, rate)), f"C {rate:g}")
+            workload.base.save_pretrained(directory)
+            load_tokenizer(self.weights).save_pretrained(directory)
+        return directory
+
+    def control_scores(self, steps: int, rate: float) -> Scores:
+        directory = self.control(steps, rate)
+        return self.score(f"C, {rate:g}, {steps} steps", lambda: scores(load(directory, device="cpu")))
+
+    def nearest(self, cell: str, steps: int, rate: float) -> Scores:
+        made = recipe(steps, rate, replace(CELLS[cell].qat, start="absmax"))
+        control = self.control(steps, rate)
+        return self.score(f"R {cell}, {rate:g}, {steps} steps", lambda: self.as_integers(self.built(made, control)))
+
+    def learned(self, cell: str, steps: int, rate: float) -> Scores:
+        made, key = recipe(steps, rate, CELLS[cell].qat), f"Q {cell}, {rate:g}, {steps} steps"
+        return self.score(key, lambda: self.as_integers(self.train(self.built(made), key)))
+
+    def of_peer(self, peer: str, cell: str, steps: int, rate: float) -> Scores:
+        made, key = recipe(steps, rate, CELLS[cell].qat), f"{peer} {cell}, {rate:g}, {steps} steps"
+
+        def make() -> Scores:
+            workload = rounded(self.built(recipe(steps, rate)), made, learned=PEERS[peer])
+            return self.as_it_is(self.train(workload, key))
+
+        return self.score(key, make)
 
 
-def run_cell(name: str, place: Path, weights: Path, steps: int) -> dict[str, float]:
-    made, scratch = recipe(steps, CELLS[name].qat), place / "scratch"
-    nearest = made.with_settings(["qat.start=absmax"])
+def sweep(bench: Bench, steps: int) -> list[tuple[float, Scores, Scores, Scores]]:
+    """(rate, C, R, Q) of each learning rate."""
+    return [
+        (
+            rate,
+            bench.control_scores(steps, rate),
+            bench.nearest(SWEPT, steps, rate),
+            bench.learned(SWEPT, steps, rate),
+        )
+        for rate in RATES
+    ]
 
-    def perplexity_of(key: str, workload: Workload) -> float:
-        value = measured(integers(workload, made, weights, scratch))
-        shutil.rmtree(scratch)
-        print(f"qat: {name}: {key} {value:.3f}", flush=True)
-        return value
 
-    rounded = perplexity_of("R", build(nearest, describe(MODEL), weights=place / "control"))
-    return {"R": rounded, "Q": perplexity_of("Q", train(made, weights, place, name))}
+def recovered(plain: Scores, nearest: Scores, learned: Scores, text: str = "evaluation") -> float:
+    return (nearest[text] - learned[text]) / (nearest[text] - plain[text])
 
 
-def document(kept: dict[str, dict[str, float]], steps: int) -> str:
-    plain = kept["control"]
+def document(bench: Bench, cells: list[str], steps: int, sweep_steps: int, rate: float) -> str:
+    """Of figures that are kept."""
+    plain = bench.control_scores(steps, rate)
+    before = bench.score("before", lambda: scores(load(bench.weights, device="cpu")))
     lines = [
         "# Quantization-aware training",
         "",
         f"Written by `make qat`: SmolLM2-135M-Instruct (decoded from the 4-bit weights that ship), {steps} steps of",
-        "1,024 tokens of WikiText-2's validation articles (FP32 weights, BF16 products, AdamW, learning rate "
-        f"{LEARNING_RATE:g},",
-        "cosine), perplexity over eight other articles of it (windows of 512 tokens, stride 448).",
+        "1,024 tokens of 48 of WikiText-2's validation articles (FP32 weights, BF16 products, AdamW, cosine);",
+        "perplexity over eight others (windows of 512 tokens, stride 448). Before any training it is "
+        f"{before['evaluation']:.2f}.",
         "",
-        f"Before any training {plain['before']:.2f}; C, the control trained in full precision, {plain['C']:.2f}.",
-        "R: that control rounded to nearest. Q: the same steps through rounding, saved as integers and read by",
-        "transformers. Recovered is (R - Q) / (R - C).",
+        "C: the control, trained in full precision. R: that control rounded to nearest. Q: the same steps on the same",
+        "rows at the same learning rate through rounding, saved as integers and read by transformers. Recovered is",
+        "(R - Q) / (R - C). torchao's QAT (its default, and with range learning) has the same steps, rows and rates.",
         "",
-        "| weights | C | R | Q | recovered | target |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"Learning rate {rate:g}, scales at {Qat().scale_rate:g} times it.",
+        "",
+        "| weights | C | R | Q | recovered | target | torchao | its range learning |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, cell in CELLS.items():
-        if name in kept:
-            rounded, learned = kept[name]["R"], kept[name]["Q"]
-            recovered = (rounded - learned) / (rounded - plain["C"])
-            target = f"{cell.target:.0%}" if cell.target else ""
-            lines.append(f"| {name} | {plain['C']:.2f} | {rounded:.2f} | {learned:.2f} | {recovered:.1%} | {target} |")
+    for name in cells:
+        nearest, learned = bench.nearest(name, steps, rate), bench.learned(name, steps, rate)
+        target = f"{CELLS[name].target:.0%}" if CELLS[name].target else ""
+        others = [
+            f"{recovered(plain, nearest, bench.of_peer(peer, name, steps, rate)):.1%}"
+            if takes(recipe(steps, rate, CELLS[name].qat))
+            else "has none"
+            for peer in PEERS
+        ]
+        row = [
+            name,
+            *(f"{s['evaluation']:.2f}" for s in (plain, nearest, learned)),
+            f"{recovered(plain, nearest, learned):.1%}",
+        ]
+        lines.append("| " + " | ".join([*row, target, *others]) + " |")
+    lines += [
+        "",
+        f"The learning rate is the one with the lowest Q on four more articles, at {sweep_steps} steps ({SWEPT}):",
+        "",
+        "| learning rate | C | R | Q | recovered |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for swept, plain, nearest, learned in sweep(bench, sweep_steps):
+        figures = " | ".join(f"{s['validation']:.2f}" for s in (plain, nearest, learned))
+        lines.append(f"| {swept:g} | {figures} | {recovered(plain, nearest, learned, 'validation'):.1%} |")
     return "\n".join([*lines, ""])
 
 
@@ -169,24 +273,17 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", default=list(CELLS))
     parser.add_argument("--place", type=Path, default=Path("runs/qat"))
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--sweep-steps", type=int, default=40)
+    parser.add_argument("--rate", type=float, help="instead of the sweep's")
     parser.add_argument("--docs", action="store_true")
     chosen = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     chosen.place.mkdir(parents=True, exist_ok=True)
-    path = chosen.place / "results.json"
-    kept: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
     with quiet_transformers():
-        weights = local_directory(describe(MODEL))
-        plain = control(chosen.place, weights, chosen.steps)
-        if "control" not in kept:
-            kept["control"] = {"before": measured(weights), "C": measured(plain)}
-            path.write_text(json.dumps(kept, indent=1))
-        for name in chosen.cells:
-            if name not in kept:
-                kept[name] = run_cell(name, chosen.place, weights, chosen.steps)
-                assert all(map(math.isfinite, kept[name].values()))
-                path.write_text(json.dumps(kept, indent=1))
-    text = document(kept, chosen.steps)
+        bench = Bench(place=chosen.place, weights=local_directory(describe(MODEL)))
+        swept = sweep(bench, chosen.sweep_steps)
+        best = min(swept, key=lambda row: row[-1]["validation"])[0]
+        text = document(bench, chosen.cells, chosen.steps, chosen.sweep_steps, chosen.rate or best)
     print(text)
     if chosen.docs:
         DOCUMENT.write_text(text, encoding="utf-8")
