@@ -87,7 +87,7 @@ class Conversion:
 
 def keep(tensor: StoredTensor) -> Conversion:
     """As it is, and looked at."""
-    row = row_elements(tensor.spec)
+    row = _row_elements(tensor)
     return Conversion(
         source=tensor,
         outputs=(tensor.spec,),
@@ -99,7 +99,7 @@ def keep(tensor: StoredTensor) -> Conversion:
 
 def cast(tensor: StoredTensor, output: TensorSpec) -> Conversion:
     """In another float format."""
-    dtype, row = TORCH_DTYPES[output.dtype], row_elements(tensor.spec)
+    dtype, row = TORCH_DTYPES[output.dtype], _row_elements(tensor)
 
     def encode(block: Tensor, scratch: Scratch) -> Encoded:
         narrow = scratch.take("cast", block.shape, dtype).copy_(block)
@@ -114,3 +114,8 @@ def row_elements(spec: TensorSpec) -> int:
     """Of one row where the tensor has rows of numbers, none too long; else 1."""
     rows = len(spec.shape) > 1 and spec.dtype in TORCH_DTYPES and 0 < spec.shape[-1] <= BLOCK_ELEMENTS
     return spec.shape[-1] if rows else 1
+
+
+def _row_elements(tensor: StoredTensor) -> int:
+    """As `row_elements`, and of every column that the file has in place of a row: it is read whole."""
+    return max(1, tensor.spec.shape[-1]) if tensor.transposed else row_elements(tensor.spec)

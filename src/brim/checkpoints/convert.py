@@ -20,6 +20,7 @@ from brim.checkpoints.conversion import BLOCK_ELEMENTS
 from brim.checkpoints.job import Job, as_json, plan_job
 from brim.checkpoints.journal import NAME as JOURNAL
 from brim.checkpoints.journal import Done, Journal, has_chunks, identity_in
+from brim.checkpoints.keras_weights import keras_tensors
 from brim.checkpoints.layouts import gguf
 from brim.checkpoints.mixture import NO_MIXTURE, Mixture
 from brim.checkpoints.pickled import pickled_tensors
@@ -29,7 +30,7 @@ from brim.checkpoints.targets import CalibrationText, Family, ScaleChoice, Targe
 from brim.checkpoints.writer import create
 from brim.errors import DoesNotFitError, ModelFileError, Stopped, UsageError
 from brim.models.describe import describe_directory
-from brim.models.directory import StoredTensor, stored_tensors
+from brim.models.directory import StoredTensor, keras_file, stored_tensors
 from brim.models.gguf_header import read_gguf_header
 from brim.models.spec import ModelSpec
 from brim.numerics.granularity import Granularity
@@ -99,7 +100,10 @@ def quantize(
 
 def _read(source: Path, unpickle: bool) -> tuple[ModelSpec, tuple[StoredTensor, ...]]:
     """What the model is, and where its tensors are."""
-    stored = pickled_tensors(source) if unpickle else stored_tensors(source)
+    if unpickle:
+        stored = pickled_tensors(source)
+    else:
+        stored = keras_tensors(source) if keras_file(source) else stored_tensors(source)
     return describe_directory(str(source.resolve()), source.resolve(), stored), stored
 
 

@@ -70,11 +70,11 @@ def read_into(descriptor: int, left: memoryview, begin: int, stored: StoredTenso
 
 
 def read_columns(descriptor: int, first: int, buffer: Tensor, stored: StoredTensor) -> Tensor:
-    """Columns of a matrix from the column `first` on, as many as fill the buffer, one after another, anew.
+    """Columns of the matrix in the file from column `first` on, as many as fill the buffer, one after another, anew.
 
     Reads a piece of each row. Raises ModelFileError at the file's end.
     """
-    rows, width = stored.spec.shape
+    rows, width = stored.spec.shape[::-1] if stored.transposed else stored.spec.shape
     pieces = buffer.view(rows, -1)
     left = pieces.view(torch.uint8).numpy().data.cast("B")
     piece_bytes, row_bytes = len(left) // rows, width * buffer.itemsize

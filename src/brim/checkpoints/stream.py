@@ -146,7 +146,7 @@ def _convert(chunk: Chunk, places: Places | None, scratch: Scratch) -> Done:
         for first in range(chunk.first, chunk.first + chunk.elements, _block_elements(conversion)):
             elements = min(_block_elements(conversion), chunk.first + chunk.elements - first)
             block = scratch.take("block", (elements,), dtype)
-            if conversion.by_column:
+            if _read_by_column(conversion):
                 block = read_columns(reading, first // conversion.row_elements, block, source)
             else:
                 read_into(reading, bytes_of(block), first * dtype.itemsize, source)
@@ -265,6 +265,11 @@ def _writable(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _read_by_column(conversion: Conversion) -> bool:
+    """Whether a row to encode is a column in the file."""
+    return conversion.by_column != conversion.source.transposed
+
+
 def _numel(source: StoredTensor) -> int:
     return source.spec.nbytes // element_type(source.spec).itemsize
 
@@ -277,5 +282,5 @@ def _block_elements(conversion: Conversion) -> int:
 def _worker_bytes(conversion: Conversion) -> int:
     elements = min(_block_elements(conversion), _numel(conversion.source))
     itemsize = element_type(conversion.source.spec).itemsize
-    copies = 2 if conversion.by_column else 1
+    copies = 2 if _read_by_column(conversion) else 1
     return _READ_BACK_BYTES + elements * (copies * itemsize + conversion.work_bytes)

@@ -151,16 +151,19 @@ def command(
 def _prepared(model: str, place: Path | None, *, unpickle: bool) -> Path:
     """The directory to read; the place to write is looked at before anything is downloaded."""
     from brim.checkpoints.convert import check_output
-    from brim.models import describe
+    from brim.models import catalogue, describe
+    from brim.models.directory import keras_file
     from brim.models.weights import local_directory
 
-    if unpickle and not Path(model).is_dir():
+    directory = Path(model).expanduser()
+    if unpickle and not directory.is_dir():
         raise UsageError(f"--unpickle reads a directory on this machine, and {model} is none; leave --unpickle away")
-    spec = None if unpickle else describe(model)
+    as_it_is = unpickle or (catalogue.find(model) is None and keras_file(directory))
+    spec = None if as_it_is else describe(model)
     if place is not None:
-        check_output(place, source=spec.path if spec else Path(model))
+        check_output(place, source=spec.path if spec else directory)
     if spec is None:
-        return Path(model)
+        return directory
     with console.progress(f"preparing {model}") as listen:
         return local_directory(spec, progress=listen)
 
@@ -168,10 +171,10 @@ def _prepared(model: str, place: Path | None, *, unpickle: bool) -> Path:
 def _within(budget: str, source: Path, mixture: "Mixture", settings: dict[str, Any], *, unpickle: bool) -> "Mixture":
     from brim.checkpoints.within import within_budget
     from brim.models import describe
-    from brim.models.directory import stored_tensors
+    from brim.models.directory import keras_file, stored_tensors
 
-    if unpickle:
-        raise UsageError("--budget weighs safetensors files; make some with --unpickle --to fp32 first")
+    if unpickle or keras_file(source):
+        raise UsageError("--budget weighs safetensors files; make some with --to fp32 first")
     size, spec = units.parse_bytes(budget), describe(str(source.resolve()))
     with console.progress(f"weighing formats for {units.format_bytes(size)}", in_bytes=True) as listen:
         stored = stored_tensors(source)

@@ -16,6 +16,7 @@ from brim.models.spec import TensorSpec
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_KERAS = ("tf_model.h5.index.json", "tf_model.h5")
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
 
 
@@ -27,6 +28,8 @@ class StoredTensor:
     path: Path
     offset: int
     """Of its first byte in the file."""
+    transposed: bool = False
+    """The file holds the transpose of the matrix that `spec` tells of, as TensorFlow's do."""
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
@@ -35,12 +38,25 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         return tuple(checked_file(directory, name) for name in shard_names(_weight_map(directory / INDEX), INDEX))
     if (directory / SINGLE).is_symlink() or (directory / SINGLE).exists():
         return (checked_file(directory, SINGLE),)
+    if name := keras_file(directory):
+        raise ModelFileError(
+            f"{directory} holds its weights as TensorFlow's {name}; convert it once with "
+            "brim quantize DIRECTORY --to fp32, and use what that makes"
+        )
     if any((directory / name).exists() for name in _PICKLES):
         raise ModelFileError(
             f"{directory} holds its weights as pickle (.bin), which can run code when read; "
             "convert it once with brim quantize DIRECTORY --unpickle, or save the model as safetensors"
         )
     return ()
+
+
+def keras_file(directory: Path) -> str | None:
+    """The file of TensorFlow's weights that is read, or their index, where the directory has no safetensors."""
+    if any((directory / name).is_symlink() or (directory / name).exists() for name in (SINGLE, INDEX)):
+        return None
+    there = (name for name in _KERAS if (directory / name).is_symlink() or (directory / name).exists())
+    return next(there, None)
 
 
 def read_tensors(directory: Path) -> tuple[TensorSpec, ...]:

@@ -1,0 +1,75 @@
+"""`python -m brim.checkpoints.hdf5_listing FILE BEGIN`: the datasets of an HDF5 file as JSON, by the HDF5 library.
+
+Run as a process of its own (`hdf5.py` starts it): the library is C, and has crashed on damaged files more than once.
+What it takes is bounded here, and no weight passes through it. BEGIN: where the HDF5 data begin in FILE.
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import h5py
+
+MAX_DATASETS = 2**17
+MAX_CHUNKS = 2**20
+_MEMORY_BYTES = 2**30
+_PROCESSOR_S = 60
+
+
+class _Part:
+    """A file from a place on, as h5py wants a file object: read only."""
+
+    def __init__(self, file: BinaryIO, begin: int) -> None:
+        self._file, self._begin = file, begin
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        base = self._begin if whence == 0 else 0
+        return self._file.seek(base + offset, whence) - self._begin
+
+    def tell(self) -> int:
+        return self._file.tell() - self._begin
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
+
+    def readinto(self, buffer: Any) -> int:
+        return self._file.readinto(buffer)  # type: ignore[attr-defined]  # h5py asks for it; typing's BinaryIO lacks it
+
+    def flush(self) -> None:
+        pass
+
+
+def listing(path: Path, begin: int) -> dict[str, Any]:
+    """`datasets`: path, shape, dtype and place of each; `refused`: why the file is not one that Keras writes."""
+    found: list[dict[str, Any]] = []
+    with path.open("rb", buffering=0) as raw, h5py.File(_Part(raw, begin) if begin else path, "r") as file:
+
+        def visit(name: str, node: Any) -> str | None:
+            if isinstance(node, h5py.Dataset):
+                found.append(_described(name, node))
+            return "too many" if len(found) > MAX_DATASETS else None
+
+        # Links to other places and files are not followed by visititems; each dataset comes once.
+        if file.visititems(visit) is not None:
+            return {"refused": f"it has more than {MAX_DATASETS:,} datasets"}
+    return {"datasets": found}
+
+
+def _described(name: str, node: Any) -> dict[str, Any]:
+    layout = node.id.get_create_plist().get_layout()
+    return {
+        "name": name, "shape": list(node.shape or ()), "dtype": node.dtype.str, "kind": node.dtype.kind,
+        "offset": node.id.get_offset(), "empty": node.shape is None,
+        "elsewhere": bool(node.external) or layout == h5py.h5d.VIRTUAL,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CPU, (_PROCESSOR_S, _PROCESSOR_S))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    try:
+        sys.stdout.write(json.dumps(listing(Path(sys.argv[1]), int(sys.argv[2]))))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
+        sys.stdout.write(json.dumps({"refused": f"the HDF5 library does not read it: {str(error)[:200]}"}))
