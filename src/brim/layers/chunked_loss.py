@@ -12,16 +12,17 @@ Shapes: N tokens, C tokens of a chunk, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from brim.layers.soft_labels import IGNORED as IGNORED
+from brim.layers.soft_labels import SoftLabels, cross_entropy
+
 Finish = Callable[[Tensor], Tensor]
 """What a model does to its logits after the head (softcap, scale), elementwise."""
-
-IGNORED = -100
-"""Label of a token without loss, as in PyTorch's cross_entropy."""
 
 _CHUNK_BYTES = 32 * 2**20
 """FP32 logits of one chunk: large enough for efficient matmuls, small beside any model."""
@@ -36,15 +37,26 @@ def chunk_tokens(vocab_size: int) -> int:
 
 
 def chunked_cross_entropy(
-    hidden_NH: Tensor, head: nn.Linear, labels_N: Tensor, *, scale: float, finish: Finish
+    hidden_NH: Tensor,
+    head: nn.Linear,
+    labels_N: Tensor,
+    *,
+    scale: float,
+    finish: Finish,
+    soft: SoftLabels | None = None,
+    share: float = 0.0,
 ) -> Tensor:
     """`scale` times the summed cross-entropy over labels that are not -100, as an FP32 scalar.
+
+    `soft`: a teacher's labels, which have this `share` of the target.
 
     With gradients enabled, the head's trainable parameters have their gradients added to `.grad` when this returns;
     those of the hidden states flow when `backward` is called on the scalar itself.
     """
     learns = torch.is_grad_enabled()
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_NH, head, labels_N, scale, finish, learns)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_NH, head, labels_N, scale, finish, learns, soft, share
+    )
     return loss
 
 
@@ -58,6 +70,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         finish: Finish,
         learns: bool,
+        soft: SoftLabels | None,
+        share: float,
     ) -> Tensor:
         device = hidden_NH.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -70,7 +84,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden_NH.shape[0], size):
                 rows = slice(start, start + size)
                 hidden_CH = hidden_NH[rows].to(dtype)
-                loss, grad_CV = _loss_and_gradient(hidden_CH, weight_VH, head.bias, labels_N[rows], finish, learns)
+                said = None if soft is None else soft.mapped(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+                target = partial(cross_entropy, labels_N=labels_N[rows], soft=said, share=share)
+                loss, grad_CV = _loss_and_gradient(hidden_CH, weight_VH, head.bias, target, finish, learns)
                 total += loss * scale
                 if grad_NH is not None and grad_CV is not None:
                     grad_CV *= scale
@@ -84,17 +100,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NH,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_NH, None, None, None, None, None
+        return grad_NH, None, None, None, None, None, None, None
 
 
 def _loss_and_gradient(
-    hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_C: Tensor, finish: Finish, learns: bool
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    target: Callable[[Tensor], Tensor],
+    finish: Finish,
+    learns: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of a chunk, and its gradient by the head's raw logits in the matmul's dtype."""
     raw_CV = F.linear(hidden_CH, weight_VH, None if bias_V is None else bias_V.detach().to(weight_VH.dtype))
     with torch.set_grad_enabled(learns):
         raw_CV.requires_grad_(learns)
-        loss = F.cross_entropy(finish(raw_CV).float(), labels_C, ignore_index=IGNORED, reduction="sum")
+        loss = target(finish(raw_CV).float())
     if not learns:
         return loss, None
     (grad_CV,) = torch.autograd.grad(loss, raw_CV)

@@ -120,7 +120,8 @@ class Update:
 class FakeQuantizedLinear(nn.Linear):
     """`nn.Linear` whose weight is used rounded to `grid` with a scale that is learned beside it.
 
-    `rounds_tokens`: its inputs are rounded, too, each token's to INT8 by its own largest.
+    `rounds_tokens`: its inputs are rounded, too, each token's to INT8 by its own largest. While `exact`, nothing is
+    rounded (nor a learned update added).
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class FakeQuantizedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         grid.check(self.in_features)
         self.grid, self.rounds_tokens = grid, rounds_tokens
+        self.exact = False
         self.weight, self.bias = linear.weight, linear.bias
         self.scale = nn.Parameter(first_scale(linear.weight, grid, start))
         self.factor = 0.0
@@ -150,6 +152,8 @@ class FakeQuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """In the input's format; under autocast in autocast's."""
+        if self.exact:
+            return F.linear(input, self.weight, self.bias)
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         bias = None if self.bias is None else self.bias.to(dtype)

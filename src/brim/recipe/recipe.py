@@ -70,6 +70,11 @@ class Recipe:
         return self.method == "qat" and self.qat.train == "adapters"
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether the model as it was before training is learned from, beside the data."""
+        return self.method == "qat" and self.qat.teacher_top > 0
+
+    @property
     def trains_weights(self) -> bool:
         """Whether the model's own weights are trained."""
         return self.method == "full" or (self.method == "qat" and self.qat.train == "all")

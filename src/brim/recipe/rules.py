@@ -13,7 +13,7 @@ _AT_LEAST = {
     "seq_len": 2, "target_seq_len": 0, "num_labels": 2, "micro_batch_size": 1, "grad_accumulation": 1,
     "training.epochs": 1, "training.max_steps": 0, "training.warmup_steps": 0, "training.save_every": 0,
     "training.evaluate_every": 0, "training.seed": 0,
-    "lora.rank": 1, "lora.alpha": 1, "precision.group_size": 8,
+    "qat.teacher_top": 0, "lora.rank": 1, "lora.alpha": 1, "precision.group_size": 8,
     "parallel.nodes": 1, "parallel.devices_per_node": 1, "parallel.tensor": 1, "parallel.pipeline": 1,
     "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0,
 }  # fmt: skip
@@ -28,6 +28,8 @@ def check_ranges(recipe: "Recipe") -> None:
             raise RecipeError(f"{key} = {value} is out of range; the least is {least}")
     if not 0 < recipe.optimizer.learning_rate < 1:
         raise RecipeError(f"optimizer.learning_rate = {recipe.optimizer.learning_rate} is not between 0 and 1")
+    if not 0 <= recipe.qat.teacher_share <= 1:
+        raise RecipeError(f"qat.teacher_share = {recipe.qat.teacher_share} is out of range; it is a share, from 0 to 1")
     if not 0 <= recipe.qat.scale_rate < 1000:
         raise RecipeError(f"qat.scale_rate = {recipe.qat.scale_rate} is out of range; the least is 0")
     if not 0 <= recipe.lora.dropout < 1:
@@ -194,6 +196,12 @@ def _check_dora(recipe: "Recipe") -> None:
 
 def _check_qat(recipe: "Recipe") -> None:
     lora = recipe.lora
+    plain = recipe.task == "causal-lm" and recipe.library.loss == "brim" and recipe.parallel.devices == 1
+    if recipe.has_teacher and not plain:
+        raise RecipeError(
+            f"qat.teacher_top = {recipe.qat.teacher_top} is of causal language models on one device, with Brim's own "
+            "loss; nearest: qat.teacher_top = 0"
+        )
     if recipe.method == "qat" and recipe.qat.activations == "int8" and recipe.task == "seq2seq-lm":
         raise RecipeError(
             'qat.activations = "int8" is not read back for T5-like models: transformers looks for a plain weight where '

@@ -123,6 +123,11 @@ class Qat:
     train: Literal["all", "adapters", "scales"] = "all"
     """adapters: every weight stays as it is, and an update of [lora]'s rank is added before it is rounded, so that the
     saved integers have it in them. scales: only the scales are learned."""
+    teacher_top: int = 0
+    """As many of each token's likeliest successors, by the model before training in full precision, are learned from
+    beside the data; found once, before the first step. 0: none."""
+    teacher_share: float = 0.5
+    """Of the target, where there is a teacher; the rest is the data's own next token."""
     scale_rate: float = 1.0
     """The scales' learning rate, as a multiple of optimizer.learning_rate."""
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from brim.layers.chunked_loss import IGNORED
+from brim.layers.soft_labels import SoftLabels
 from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.training.packing import halves
@@ -24,6 +25,8 @@ class Batch:
     """1 for tokens and 0 for padding, as `input_ids`; None where no row is padded."""
     position_ids: Tensor | None = None
     """BT, counted anew in each example; None where a row is one."""
+    soft: SoftLabels | None = None
+    """What a teacher says of each position, (B, T, K); None without one."""
     num_targets: int
     """Labels that are not -100, those of the other ranks' rows that are read at the same time included."""
 
@@ -36,6 +39,7 @@ class Batch:
             labels=move(self.labels),
             attention_mask=None if mask is None else move(mask),
             position_ids=None if positions is None else move(positions),
+            soft=None if self.soft is None else self.soft.mapped(move),
         )
 
 
@@ -56,6 +60,7 @@ def synthetic_batch(recipe: Recipe, spec: ModelSpec, *, seed: int = 0) -> Batch:
             input_ids=tokens(recipe.seq_len),
             labels=labels,
             position_ids=positions,
+            soft=_synthetic_teacher(labels, recipe.qat.teacher_top) if recipe.has_teacher else None,
             num_targets=labels.numel() * ranks,
         )
     mask = torch.ones(recipe.micro_batch_size, recipe.seq_len, dtype=torch.long)
@@ -68,3 +73,9 @@ def synthetic_batch(recipe: Recipe, spec: ModelSpec, *, seed: int = 0) -> Batch:
         labels[0, -1] = IGNORED
         num_targets = labels.numel() - 1
     return Batch(input_ids=tokens(recipe.seq_len), labels=labels, attention_mask=mask, num_targets=num_targets * ranks)
+
+
+def _synthetic_teacher(labels_BT: Tensor, count: int) -> SoftLabels:
+    """Of every position the same."""
+    ids = torch.arange(count, dtype=torch.int32).expand(*labels_BT.shape, count).contiguous()
+    return SoftLabels(ids, torch.full(ids.shape, 1 / count, dtype=torch.bfloat16))

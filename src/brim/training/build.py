@@ -107,7 +107,13 @@ def build(
         checkpoint_blocks(base, recipe.memory.activation_checkpointing, held=held)
         at_home = offload_blocks(base, recipe.memory, place)
     model.train()
-    head = OutputHead(base, task=recipe.task, chunked=recipe.memory.loss == "chunked", library=recipe.library)
+    head = OutputHead(
+        base,
+        task=recipe.task,
+        chunked=recipe.memory.loss == "chunked",
+        library=recipe.library,
+        teacher_share=recipe.qat.teacher_share,
+    )
     loss = shard(LossModule(model, head), recipe, ranks)
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")

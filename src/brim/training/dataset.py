@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from brim.layers.chunked_loss import IGNORED
+from brim.layers.soft_labels import SoftLabels
 from brim.recipe import Recipe
 from brim.training.batches import Batch
 from brim.training.masking import Masking
@@ -64,6 +65,8 @@ class DataSet:
     origins: Origins | None = None
     """Where each row comes from; None where that is not known."""
     counts: Counts | None = None
+    soft: SoftLabels | None = None
+    """What a teacher says of each position, (R, T, K)."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -130,5 +133,6 @@ class DataSet:
             labels=labels,
             attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
             position_ids=None if self.position_ids is None else self.position_ids[rows],
+            soft=None if self.soft is None else self.soft.mapped(lambda tensor: tensor[rows]),
             num_targets=int((labels != IGNORED).sum()),
         )

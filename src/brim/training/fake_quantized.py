@@ -3,6 +3,8 @@
 Saved in compressed-tensors' pack-quantized layout: what a reader decodes is, bit by bit, the weight that was trained.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -48,6 +50,18 @@ def quantize_fake(model: PreTrainedModel, recipe: Recipe) -> None:
 def scales_of(model: nn.Module) -> list[nn.Parameter]:
     """The learned scales: weight decay, which pulls to zero, is not for them."""
     return [layer.scale for layer in _layers_of(model)]
+
+
+@contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
+    """The model with its weights and inputs as they are."""
+    for layer in _layers_of(model):
+        layer.exact = True
+    try:
+        yield
+    finally:
+        for layer in _layers_of(model):
+            layer.exact = False
 
 
 def _layers_of(model: nn.Module) -> list[FakeQuantizedLinear]:

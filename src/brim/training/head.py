@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from brim.errors import RecipeError
-from brim.layers.chunked_loss import IGNORED, Finish, chunked_cross_entropy
+from brim.layers.chunked_loss import IGNORED, Finish, chunk_tokens, chunked_cross_entropy
+from brim.layers.soft_labels import SoftLabels, cross_entropy, soft_labels
 from brim.memory import owners
 from brim.recipe import Library, Task
 from brim.training.generations import generation_loss, litgpt_logits, litgpt_loss, torchtune_loss
@@ -28,7 +29,16 @@ class OutputHead:
     Shapes: B rows, T tokens, H hidden size, V vocabulary, C classes.
     """
 
-    def __init__(self, base: PreTrainedModel, *, task: Task, chunked: bool, library: Library | None = None) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        task: Task,
+        chunked: bool,
+        library: Library | None = None,
+        teacher_share: float = 0.0,
+    ) -> None:
+        self._teacher_share = teacher_share
         if task == "sequence-classification":
             self.chunked = False
             self._library = Library()
@@ -54,15 +64,27 @@ class OutputHead:
         inside = {id(parameter) for module, parameter in _all_parameters(self._base) if module is not self._linear}
         return [p for p in self._linear.parameters() if p.requires_grad and id(p) not in inside]
 
-    def loss(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, *, scale: float) -> Tensor:
+    def loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        labels: Tensor,
+        *,
+        scale: float,
+        soft: SoftLabels | None = None,
+    ) -> Tensor:
         """`scale` times the sum of the cross-entropy over labels that are not -100, in FP32.
 
+        `soft`: what a teacher says of the same tokens; its share of the target is the recipe's.
         Labels are BT (of tokens) or B (of rows). Call `backward` on the result itself: in chunked mode the head's
         gradient is there already.
         """
         if self._library.loss != "brim":
             return self._by_library(model, inputs, labels, scale=scale)
-        labels_N = labels.flatten()
+        labels_N, share = labels.flatten(), self._teacher_share
+        said = None if soft is None else soft.mapped(lambda tensor: tensor.flatten(0, -2))
+        if not self.chunked and said is not None:
+            return cross_entropy(model(**inputs).logits.flatten(0, -2).float(), labels_N, said, share) * scale
         if not self.chunked:
             # One expression: a name for the logits would keep them alive through backward.
             total = F.cross_entropy(
@@ -71,7 +93,20 @@ class OutputHead:
             return total * scale
         hidden_NH = self.hidden_states(model, inputs).flatten(0, 1)
         owners.switch("loss")
-        return chunked_cross_entropy(hidden_NH, self._linear, labels_N, scale=scale, finish=self._finish)
+        return chunked_cross_entropy(
+            hidden_NH, self._linear, labels_N, scale=scale, finish=self._finish, soft=said, share=share
+        )
+
+    def taught(self, model: nn.Module, inputs: dict[str, Tensor], count: int) -> SoftLabels:
+        """What the model as it is says of each token, by `count` likeliest; never all logits at once."""
+        hidden_BTH = self.hidden_states(model, inputs)
+        parts = [
+            soft_labels(self._finish(self._linear(hidden_CH)), count)
+            for hidden_CH in hidden_BTH.flatten(0, 1).split(chunk_tokens(self._linear.out_features))
+        ]
+        rows = hidden_BTH.shape[:2]
+        ids, probabilities = (torch.cat(kind).unflatten(0, rows) for kind in zip(*parts, strict=True))
+        return SoftLabels(ids, probabilities)
 
     def _by_library(self, model: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor, *, scale: float) -> Tensor:
         if self._library.loss == "litgpt-first":
@@ -142,13 +177,14 @@ class LossModule(nn.Module):
         labels: Tensor | None = None,
         *,
         scale: float = 1.0,
+        soft: SoftLabels | None = None,
         look: Callable[[nn.Module, dict[str, Tensor]], None] | None = None,
     ) -> Tensor | None:
         """As `OutputHead.loss`."""
         if look is not None:
             return look(self.model, inputs)
         assert labels is not None
-        return self.head.loss(self.model, inputs, labels, scale=scale)
+        return self.head.loss(self.model, inputs, labels, scale=scale, soft=soft)
 
 
 def finish_of(base: PreTrainedModel) -> Finish:

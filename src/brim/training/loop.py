@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +39,7 @@ from brim.training.parts import whole_state
 from brim.training.ranks import ALONE, Ranks
 from brim.training.schedule import learning_rate
 from brim.training.step import train_step
+from brim.training.teacher import taught
 from brim.training.workplace import (
     can_resume,
     checkpoints_of,
@@ -110,13 +111,16 @@ def _run(job: Run, *, on_step: OnStep, should_stop: ShouldStop) -> RunReport:
             workload = build(job.recipe, job.spec, weights=job.weights, device=job.device, ranks=job.ranks)
             _tell_classes(job, workload)
             with torch.no_grad():
-                if workload.head.chunked:
+                if workload.head.chunked or job.recipe.has_teacher:
                     workload.loss(_few_tokens(job, workload), look=workload.head.check_finish)
                 if job.recipe.training.packing:
                     workload.loss(_few_tokens(job, workload), look=check_apart)
             if job.ranks.data_count > 1:
                 # From one seed all ranks would drop the same; those that see the same rows still must.
                 torch.manual_seed(job.recipe.training.seed + job.ranks.data_rank)
+            if job.recipe.has_teacher:
+                with explain_full_disk(job.output, "writing what the teacher says"):
+                    job = replace(job, data=taught(workload, job.data, checkpoints_of(job.output)))
             history = _resumed(job, workload)
             _train(job, workload, history, meter, on_step=on_step, should_stop=should_stop)
         report = _report(job, history)

@@ -86,7 +86,7 @@ def batch_loss(workload: Workload, batch: Batch, num_targets: float) -> Tensor:
     """This micro-batch's share of the mean loss over `num_targets` tokens."""
     owners.switch("activations")
     with workload.autocast():
-        loss: Tensor = workload.loss(_inputs(workload, batch), batch.labels, scale=1 / num_targets)
+        loss: Tensor = workload.loss(_inputs(workload, batch), batch.labels, scale=1 / num_targets, soft=batch.soft)
     return loss
 
 
