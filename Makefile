@@ -30,9 +30,10 @@ bench: $(READY)
 qat: $(READY)
 	$(PY) -W ignore -m benchmarks.qat_quality --docs
 
-# Every family x lever, rehearsed and run for real; writes docs/exactness.md. About a quarter of an hour.
+# Every family x lever, rehearsed and run for real; writes docs/exactness.md. About half an hour; a cell that was run is
+# kept in PLACE, if one is given: PLACE=runs/exactness.
 exactness: $(READY)
-	$(PY) benchmarks/exactness.py
+	$(PY) -W ignore -m benchmarks.exactness $(if $(PLACE),--place $(PLACE))
 
 # Predictions against peaks that others published: ROWS another file of the same columns, OUT the summary as JSON;
 # then step times against published throughput, and of ten recipes run for real here (BUSY=1: on a machine that does other work).

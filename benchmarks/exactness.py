@@ -2,22 +2,27 @@
 
 Each cell builds the model for real on the CPU with random weights, runs two optimizer steps under PyTorch's profiler,
 and compares its allocation peak with the rehearsal of the same recipe. Method, precision, checkpointing and loss are
-combined in full; accumulation and attention alternate so that each meets every value of every other lever.
+combined in full; accumulation and attention alternate so that each meets every value of every other lever. Levers that
+are not in this matrix run one by one, moment by moment (exactness_moments.py). What was run is kept in PLACE line by
+line, so that a matrix that was stopped goes on: without PLACE, all of it is run.
 
-    exactness.py [FAMILY ...]    without names: all families, and the document is written
+    exactness.py [--place runs/exactness] [FAMILY ...]    without names: all families, and the document is written
 """
 
+import argparse
 import json
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import transformers
+from benchmarks.exactness_moments import LEVERS, MOMENTS, Run, run, runs
 
 from brim.models import ModelSpec
 from brim.recipe import Recipe, Task
@@ -55,6 +60,10 @@ sizes do not depend on the routing; the trainer and the rehearsal both use it. T
 weights; a test holds that another one takes the same memory. LoRA over all linears adapts the experts, too: PEFT then
 keeps a merged copy of each block's experts until backward, which is predicted as it runs (31B parameters: 58 GiB)
 and can be avoided by `lora.targets` that leave the experts out."""
+
+HEAD_OF_MOMENTS = """Levers that the matrix does not combine, in runs of Llama, GPT-2, Qwen3-MoE and T5 in FP32
+and in BF16. Weights are loaded from files, two steps taken, a loss evaluated, a checkpoint saved, and adapters merged:
+each of these moments has a peak of its own."""
 
 METHODS = ("full", "lora")
 PRECISIONS = {
@@ -109,16 +118,49 @@ def recipes(spec: ModelSpec, task: Task) -> Iterator[tuple[str, Recipe]]:
         yield precision, base.with_settings(settings)
 
 
-def cells(spec: ModelSpec, task: Task) -> list[Cell]:
-    return [
-        Cell(
-            recipe=recipe,
-            precision=precision,
-            predicted=rehearse_trace(spec, recipe).peak_bytes,
-            measured=measured_trial(spec, recipe).peak.allocated_bytes,
-        )
-        for precision, recipe in recipes(spec, task)
-    ]
+class Kept:
+    """What was run, line by line in a file, so that the next asking knows it; without a place, nothing is kept."""
+
+    def __init__(self, place: Path | None) -> None:
+        self._file = None if place is None else place / "cells.jsonl"
+        self._values: dict[str, Any] = {}
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+        if self._file is not None and self._file.exists():
+            lines = self._file.read_text(encoding="utf-8").splitlines()
+            self._values = dict(map(json.loads, lines))
+
+    def get(self, key: str, work: Callable[[], Any]) -> Any:
+        if key not in self._values:
+            self._values[key] = work()
+            if self._file is not None:
+                with self._file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps([key, self._values[key]]) + "\n")
+        return self._values[key]
+
+
+def cell(spec: ModelSpec, precision: str, recipe: Recipe, kept: Kept) -> Cell:
+    predicted, measured = kept.get(
+        f"{spec.name} {recipe.to_toml()}",
+        lambda: (rehearse_trace(spec, recipe).peak_bytes, measured_trial(spec, recipe).peak.allocated_bytes),
+    )
+    return Cell(recipe=recipe, precision=precision, predicted=predicted, measured=measured)
+
+
+def moments(specs: Sequence[ModelSpec], kept: Kept) -> list[Run]:
+    """Runs of levers one by one; those that are refused are said, and left out."""
+    found = []
+    for spec, lever, precision in runs(specs):
+        key = f"{spec.name}, {lever}, {precision}"
+        peaks = kept.get(key, partial(run, spec, lever, precision))
+        if peaks is None:
+            print(f"refused: {key}", flush=True)
+            continue
+        predicted, measured = peaks
+        found.append(Run(family=spec.name, lever=lever, precision=precision, predicted=predicted, measured=measured))
+        if found[-1].largest_error > TARGET:
+            print("  ", found[-1].row, flush=True)
+    return found
 
 
 def cases(names: list[str]) -> Iterator[tuple[ModelSpec, Task]]:
@@ -132,44 +174,68 @@ def cases(names: list[str]) -> Iterator[tuple[ModelSpec, Task]]:
             yield spec, "sequence-classification"
 
 
-def line(name: str, found: list[Cell]) -> str:
-    errors = [abs(cell.error) for cell in found]
+def line(name: str, errors: Sequence[float]) -> str:
     within = sum(error <= TARGET for error in errors)
-    return f"| {name} | {len(found)} | {within} | {100 * median(errors):.4f} % | {100 * max(errors):.4f} % |"
+    return f"| {name} | {len(errors)} | {within} | {100 * median(errors):.4f} % | {100 * max(errors):.4f} % |"
 
 
-def document(sections: dict[str, list[Cell]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[str]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *rows]
+
+
+def summary(sections: dict[str, list[Cell]]) -> list[str]:
     everything = [cell for found in sections.values() for cell in found]
-    text = [HEAD, "", "| family, task | cells | within 0.1 % | median | largest |", "| --- | --- | --- | --- | --- |"]
-    text += [line(name, found) for name, found in sections.items()]
-    fp32 = [cell for cell in everything if cell.precision == "fp32"]
-    text += [line("all", everything), line("all in FP32", fp32)]
-    for name, found in sections.items():
-        text += ["", f"## {name}", ""]
-        text += [
-            "| method | precision | checkpointing | loss | attention | micro-batches | predicted | measured "
-            "| difference | relative |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        text += [cell.row for cell in found]
+    groups = {**sections, "all": everything, "all in FP32": [cell for cell in everything if cell.precision == "fp32"]}
+    rows = [line(name, [abs(cell.error) for cell in found]) for name, found in groups.items()]
+    return table(("family, task", "cells", "within 0.1 %", "median", "largest"), rows)
+
+
+def summary_of_moments(found: Sequence[Run]) -> list[str]:
+    groups = {lever: [run for run in found if run.lever == lever] for lever in LEVERS} | {"all": list(found)}
+    rows = [
+        line(name, [abs(error) for run in group for error in run.errors.values()])
+        for name, group in groups.items()
+        if group
+    ]
+    return table(("lever", "moments", "within 0.1 %", "median", "largest"), rows)
+
+
+def document(sections: dict[str, list[Cell]], found: Sequence[Run]) -> str:
+    text = [HEAD, "", *summary(sections), "", HEAD_OF_MOMENTS, "", *summary_of_moments(found)]
+    for name, cells in sections.items():
+        columns = (
+            "method", "precision", "checkpointing", "loss", "attention", "micro-batches", "predicted", "measured",
+            "difference", "relative",
+        )  # fmt: skip
+        text += ["", f"## {name}", "", *table(columns, (cell.row for cell in cells))]
+    heads = ("family", "lever", "precision", "highest predicted", "measured", *MOMENTS)
+    text += ["", "## Moments: error in %", "", *table(heads, (run.row for run in found))]
     return "\n".join([*text, ""])
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", metavar="FAMILY")
+    parser.add_argument("--place", type=Path)
+    asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-    sections = {}
-    for spec, task in cases(names):
+    kept, sections = Kept(asked.place), {}
+    found = moments([spec for spec, task in cases(asked.names) if task == spec.task], kept)
+    for text in summary_of_moments(found):
+        print(text, flush=True)
+    for spec, task in cases(asked.names):
         name = f"{spec.name}, {task}"
-        sections[name] = cells(spec, task)
-        print(line(name, sections[name]), flush=True)
-        for cell in sections[name]:
-            if abs(cell.error) > TARGET:
-                print("  ", cell.row, flush=True)
-    if not names:
-        DOCUMENT.write_text(document(sections), encoding="utf-8")
+        sections[name] = [cell(spec, precision, recipe, kept) for precision, recipe in recipes(spec, task)]
+        print(line(name, [abs(cell.error) for cell in sections[name]]), flush=True)
+        for each in sections[name]:
+            if abs(each.error) > TARGET:
+                print("  ", each.row, flush=True)
+    if not asked.names:
+        DOCUMENT.write_text(document(sections, found), encoding="utf-8")
         print(f"written: {DOCUMENT.name}")
 
 
-main(sys.argv[1:])
+main()

@@ -1,27 +1,18 @@
 """The parts of a run that may surprise, each rehearsed and each measured in a real run of the same recipe."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from peft import PeftModel
 
 from brim.cli import main
 from brim.hardware.measure import resolve_device
-from brim.memory.measured import CpuMeter
 from brim.memory.trace import Trace
 from brim.models import ModelSpec
-from brim.models.skeleton import skeleton
 from brim.recipe import Recipe
 from brim.rehearsal import rehearse, rehearse_trace
-from brim.report import Ledger, Peak, Prediction
-from brim.training.batches import synthetic_batch
-from brim.training.build import build
-from brim.training.checkpoint import Progress, save_checkpoint, wrong_weight
-from brim.training.evaluation import loss_over
-from brim.training.merge import write_merged
-from brim.training.step import train_step
+from brim.report import Prediction
+from brim.training.trial import measured_moments
 
 CONFIGS = {
     "llama": {
@@ -51,43 +42,6 @@ def small(name: str) -> ModelSpec:
     return ModelSpec(name=name, kind="directory", config=CONFIGS[name], num_parameters=1, tied_head=True)
 
 
-def measured(spec: ModelSpec, recipe: Recipe, place: Path) -> tuple[dict[str, int], int]:
-    """(moment -> highest allocated bytes, highest while the model was loaded)."""
-    skeleton(spec, dtype="fp32", attention="sdpa").save_pretrained(place / "model")
-    peaks: dict[str, int] = {}
-    with CpuMeter() as meter:
-        batches = [synthetic_batch(recipe, spec)]
-        workload = build(recipe, spec, weights=place / "model")
-        meter.sample()
-        highest = meter.peak.allocated_bytes
-
-        def moment(name: str, work: Callable[[], object]) -> None:
-            meter.start_over()
-            work()
-            meter.sample()
-            peaks[name] = meter.peak.allocated_bytes
-
-        def save() -> None:
-            progress = Progress(losses=(1.0,), step_seconds=(1.0,), peak=Peak(allocated_bytes=0), ledger=Ledger())
-            assert not wrong_weight(workload)
-            save_checkpoint(place / "checkpoints", workload, progress, data="these")
-
-        def publish() -> None:
-            (place / "whole").mkdir()
-            if isinstance(workload.model, PeftModel):
-                write_merged(workload.model, place / "whole")
-            else:
-                workload.base.save_pretrained(place / "whole")
-
-        moment("loading", lambda: None)
-        moment("first step", lambda: train_step(workload, batches, learning_rate=1e-4))
-        moment("later steps", lambda: train_step(workload, batches, learning_rate=1e-4))
-        moment("evaluation", lambda: loss_over(workload, batches))
-        moment("saving", save)
-        moment("merging" if recipe.adapts else "publishing", publish)
-    return peaks, highest
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_each_moment_peaks_as_rehearsed(name: str, tmp_path: Path) -> None:
     """Loading, first step, later steps, evaluation, checkpoint, merging: each within 0.1 % of the real one's peak.
@@ -98,7 +52,7 @@ def test_each_moment_peaks_as_rehearsed(name: str, tmp_path: Path) -> None:
     family, settings = CASES[name]
     spec = small(family)
     recipe = Recipe(model=family, task=spec.task, seq_len=64, micro_batch_size=2).with_settings(settings)
-    peaks, highest = measured(spec, recipe, tmp_path)
+    peaks, highest = measured_moments(spec, recipe, tmp_path)
     rehearsed = dict(rehearse_trace(spec, recipe, whole_run=True).moment_peaks())
     assert list(rehearsed) == ["loading", "first step", "later steps", "evaluation", "saving"] + (
         ["merging"] if recipe.adapts else []
