@@ -47,7 +47,7 @@ accuracy: $(READY)
 
 # The closed form against rehearsals of the whole catalogue, kept cell by cell; an hour or two; writes docs/closed_form.md.
 closed-form: $(READY)
-	$(PY) -W ignore benchmarks/closed_form.py --docs
+	$(PY) -W ignore -m benchmarks.closed_form --docs
 
 # Perplexity by how scales are chosen, against its targets. PEER=PYTHON: that of an environment with llm-compressor, for its
 # GPTQ on the same tokens; DOCS=1 rewrites docs/quantize_accuracy.md. About a quarter of an hour.

@@ -1,20 +1,22 @@
 """The closed form against the rehearsal, over the whole catalogue: `make closed-form` writes docs/closed_form.md.
 
 Every model x full, LoRA and QLoRA x three settings of levers, one device. What the rehearsal said is kept in PLACE
-line by line, so a run that was stopped goes on; the closed form is told anew each time. A family without a row in
-`memory.anatomy` is told by its rough form, which promises no such accuracy, and stands in a table of its own.
+line by line, by the model's architecture and the settings, so a run that was stopped goes on and a new key of recipes
+discards nothing; after a change of what rehearsals say, `--fresh`. The closed form is told anew each time. A family
+without a row in `memory.anatomy` is told by its rough form, which promises no such accuracy, and stands in a table of
+its own. The smallest model of each family comes first, then the others by their layers.
 
-    closed_form.py [--place runs/closed_form] [--docs] [--told] [MODEL ...]
+    closed_form.py [--place runs/closed_form] [--docs] [--told] [--fresh] [MODEL ...]
 """
 
 import argparse
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+from benchmarks.kept import Kept, key_of
 
 from brim.errors import BrimError
 from brim.memory.closed_form import closed_form
@@ -94,29 +96,22 @@ def recipes(spec: ModelSpec) -> Iterator[tuple[str, str, Recipe]]:
                 continue  # refused: the model cannot be trained so
 
 
-def cells(names: Sequence[str], place: Path, *, rehearses: bool) -> Iterator[Cell]:
-    """In the order of the catalogue; what is not kept yet is rehearsed, or left out."""
-    place.mkdir(parents=True, exist_ok=True)
-    file = place / "rehearsed.jsonl"
-    kept = _kept(file)
-    for name in names:
-        spec = describe(name)
+def cheap_first(names: Sequence[str]) -> list[ModelSpec]:
+    """The smallest of each family, then the others; both by their number of layers."""
+    specs = sorted(map(describe, names), key=lambda spec: spec.num_parameters)
+    first = {spec.model_type: spec for spec in reversed(specs)}
+    return sorted(specs, key=lambda spec: (spec is not first[spec.model_type], spec.num_layers))
+
+
+def cells(names: Sequence[str], kept: Kept, *, rehearses: bool) -> Iterator[Cell]:
+    """What is not kept yet is rehearsed, or left out; cheap ones first."""
+    for spec in cheap_first(names):
         for method, lever, recipe in recipes(spec):
-            key = hashlib.sha256(recipe.to_toml().encode()).hexdigest()[:16]
+            key = key_of(spec, recipe)
             if key not in kept and rehearses:
-                kept[key] = _exact(spec, recipe)
-                with file.open("a", encoding="utf-8") as lines:
-                    row = {"key": key, "cell": f"{name} {method} {lever}", "bytes": kept[key]}
-                    lines.write(json.dumps(row) + "\n")
-            if exact := kept.get(key):
+                kept.put(key, {"cell": f"{spec.name} {method} {lever}", "bytes": _exact(spec, recipe)})
+            if key in kept and (exact := kept[key]["bytes"]):
                 yield Cell(spec=spec, method=method, lever=lever, recipe=recipe, exact=exact)
-
-
-def _kept(file: Path) -> dict[str, int | None]:
-    if not file.exists():
-        return {}
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return {row["key"]: row["bytes"] for row in rows}
 
 
 def _exact(spec: ModelSpec, recipe: Recipe) -> int | None:
@@ -162,11 +157,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="catalogue names; none: all")
     parser.add_argument("--place", type=Path, default=ROOT / "runs" / "closed_form")
     parser.add_argument("--told", action="store_true", help="rehearse nothing: only what is kept")
+    parser.add_argument("--fresh", action="store_true", help="rehearse what is kept, too")
     parser.add_argument("--docs", action="store_true", help=f"write {DOCUMENT.relative_to(ROOT)}")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # of libraries; the numbers do not depend on them
     found = []
-    for cell in cells(options.models or list(catalogue.entries()), options.place, rehearses=not options.told):
+    names = options.models or list(catalogue.entries())
+    kept = Kept(options.place / "rehearsed.jsonl", fresh=options.fresh)
+    for cell in cells(names, kept, rehearses=not options.told):
         found.append(cell)
         if abs(cell.error) > MEDIAN_TARGET:
             print(f"  {cell.spec.name} {cell.method} {cell.lever}: {cell.error:+.1%}", flush=True)

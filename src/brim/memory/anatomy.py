@@ -30,10 +30,16 @@ class Family:
     """Attention and feed-forward are normalized after as well as before."""
     positions: int | None = None
     """Rows of a learned position table beyond the config's number of positions; None: no table."""
+    parallel: bool = False
+    """Attention and feed-forward start from the same tensor."""
+    turns_part: bool = False
+    """Rotary positions turn a part of each head, which is put together with the rest anew."""
     activation: str = "silu"
     dropout: float = 0.0
     """What transformers assumes where the config is silent."""
     attention_dropout: float = 0.0
+    softcaps: bool = False
+    """Attention's scores and the logits go through tanh, where the config is silent."""
     unpacked: tuple[str, ...] = ()
     """Linears that transformers keeps in FP32, so that a packed base leaves them alone."""
 
@@ -45,15 +51,17 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
-    "phi3": Family(fused=True),
+    "phi3": Family(fused=True, turns_part=True),
     "gemma": Family(norm="rms-gemma", activation="gelu_pytorch_tanh"),
-    "gemma2": Family(norm="rms-gemma", post_norms=True, activation="gelu_pytorch_tanh"),
+    "gemma2": Family(norm="rms-gemma", post_norms=True, activation="gelu_pytorch_tanh", softcaps=True),
     "gemma3_text": Family(norm="rms-gemma", post_norms=True, qk_norm=True, activation="gelu_pytorch_tanh"),
     "gpt2": Family(
         norm="layer", gated=False, fused=True, bias=True, positions=0, activation="gelu_new",
         dropout=0.1, attention_dropout=0.1,
     ),
-    "gpt_neox": Family(norm="layer", gated=False, fused=True, bias=True, activation="gelu"),
+    "gpt_neox": Family(
+        norm="layer", gated=False, fused=True, bias=True, turns_part=True, parallel=True, activation="gelu",
+    ),
     "opt": Family(norm="layer", gated=False, bias=True, positions=2, activation="relu", dropout=0.1),
     "t5": Family(
         norm="rms-t5", gated=False, activation="relu", dropout=0.1, attention_dropout=0.1, unpacked=("wo",),
@@ -143,6 +151,9 @@ class Anatomy:
     """Rows of each stack's relative position bias (T5); 0 without."""
     dropout: float
     attention_dropout: float
+    parallel: bool
+    caps_scores: bool
+    caps_logits: bool
 
     @property
     def embedding_parameters(self) -> int:
@@ -198,6 +209,9 @@ def anatomy(spec: ModelSpec) -> Anatomy:
         num_bias_buckets=spec.first("relative_attention_num_buckets", default=32) if encoder_decoder else 0,
         dropout=_rate(spec, family.dropout, "resid_pdrop", "dropout_rate", "hidden_dropout", "dropout"),
         attention_dropout=_rate(spec, family.attention_dropout, "attn_pdrop", "dropout_rate", "attention_dropout"),
+        parallel=bool(spec.config.get("use_parallel_residual", family.parallel)),
+        caps_scores=bool(spec.config.get("attn_logit_softcapping", family.softcaps)),
+        caps_logits=bool(spec.config.get("final_logit_softcapping", family.softcaps)),
     )
 
 

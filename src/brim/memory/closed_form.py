@@ -65,7 +65,7 @@ class _Step:
             cached = sum(stack.num_blocks * self._trained_casts(stack.block) for stack in t.parts.stacks)
         return self.ledger(
             activations=self.block_activations + self.outside_blocks + cached,
-            loss=self.chunk_bytes if self.chunked else 2 * FP32 * self.logits + self.head_cast,
+            loss=self.chunk_bytes if self.chunked else 2 * FP32 * self.logits + self.head_cast + self.capped_logits,
             gradients=self.gradient_beside_chunk,
         )
 
@@ -74,7 +74,7 @@ class _Step:
 
         12 bytes a logit (memory of a fused loss: 4); chunked, of one chunk's logits.
         """
-        loss = self.chunk_bytes if self.chunked else 3 * FP32 * self.logits + self.head_cast
+        loss = self.chunk_bytes if self.chunked else 3 * FP32 * self.logits + self.head_cast + self.capped_logits
         return self.ledger(
             activations=self.block_activations + self.outside_blocks, loss=loss, gradients=self.gradient_beside_chunk
         )
@@ -247,6 +247,11 @@ class _Step:
         return self.tokens * self.terms.parts.vocab_size
 
     @property
+    def capped_logits(self) -> int:
+        """The result of a softcap's tanh, which its backward reads."""
+        return self.terms.compute_bytes * self.logits if self.terms.parts.caps_logits else 0
+
+    @property
     def outside_blocks(self) -> int:
         """Final norms, dropouts around the stacks, position biases."""
         return sum(kept.stack_bytes(stack, self.length(stack), self.terms) for stack in self.terms.parts.stacks)
@@ -265,7 +270,8 @@ class _Step:
     def chunk_bytes(self) -> int:
         """Chunked loss in forward: one chunk's logits through their own backward, and their input's gradient."""
         t = self.terms
-        one = self.chunk_tokens * t.parts.vocab_size * (3 * FP32 + t.compute_bytes)
+        capped = t.compute_bytes if t.parts.caps_logits else 0
+        one = self.chunk_tokens * t.parts.vocab_size * (3 * FP32 + t.compute_bytes + capped)
         return one + self.head_cast + t.weight_bytes * self.tokens * t.parts.hidden_size
 
     @property

@@ -54,7 +54,8 @@ class Terms:
         return self.rank > 0 and (self.targets == ("all-linear",) or linear.name in self.targets)
 
     def keeps_input(self, linear: Linear) -> bool:
-        return self.trains_base or self.rounds or self.adapts(linear)
+        """An adapter with dropout keeps what that leaves of its input, instead (`_adapters`)."""
+        return self.trains_base or self.rounds or (self.adapts(linear) and not self.adapter_dropout)
 
     def adapter_parameters(self, block: Block) -> int:
         return sum(self.rank * (line.inputs + line.outputs) for line in block.linears if self.adapts(line))
@@ -102,6 +103,8 @@ def attention_bytes(attention: Attention, tokens: int, t: Terms) -> int:
     if t.parts.family.qk_norm:
         kept += count * (attention.query_width + attention.key_width) * _norm_bytes(t)
     kept += _scores(attention, tokens, keys, t)
+    if t.parts.family.turns_part and not t.eager and t.keeps_input(attention.out):
+        kept += t.compute_bytes * count * attention.query_width  # heads that `cat` laid apart are joined by a copy
     if t.mixed and t.adapts(attention.out):
         kept += BF16 * count * attention.query_width  # the adapter casts its input for itself
     if t.parts.dropout:
@@ -125,6 +128,8 @@ def feed_forward_bytes(feed: FeedForward, tokens: int, t: Terms) -> int:
     if t.keeps_input(feed.out) and (copied or not relu_result):
         operands += 1
     kept = _norms(count, t) + _normed_input(feed.into, count, t) + operands * wide
+    if t.parts.parallel and t.parts.family.norm == "layer":
+        kept -= t.weight_bytes * count * t.parts.hidden_size  # the input of attention's norm, kept there
     if t.parts.dropout:
         kept += t.compute_bytes * count * t.parts.hidden_size
     return kept + _adapters((*feed.into, feed.out), count, t)
@@ -224,17 +229,21 @@ def _scores(attention: Attention, tokens: int, keys: int, t: Terms) -> int:
     e, count, scores = t.compute_bytes, t.rows * tokens, t.rows * attention.num_heads * tokens * keys
     queries, width = count * attention.query_width, t.rows * keys * attention.key_width
     dropout = t.parts.attention_dropout > 0
+    # q and k are turned into tensors of their own, and v, a view, keeps what one linear made for all three
+    views = e * (queries + width) if t.parts.family.fused and t.parts.family.positions is None else 0
     if t.eager:
         expanded = t.rows * keys * attention.query_width
         probabilities = FP32 if e == FP32 else FP32 + e
-        return e * (2 * queries + 2 * expanded) + scores * (probabilities + (2 * e if dropout else 0))
+        capped = e if t.parts.caps_scores else 0  # tanh keeps its result
+        each = probabilities + capped + (2 * e if dropout else 0)
+        return e * (2 * queries + 2 * expanded) + scores * each + views
     if _takes_scores(attention, t):
         expanded = t.rows * keys * attention.query_width
-        return e * queries + FP32 * (queries + 2 * expanded) + scores * (3 * FP32 if dropout else FP32)
+        return e * queries + FP32 * (queries + 2 * expanded) + scores * (3 * FP32 if dropout else FP32) + views
     mask = e * scores if t.parts.num_bias_buckets else 0
     if t.shares_rows:
         width, mask = t.rows * keys * attention.query_width, e * t.rows * tokens * keys
-    return e * 2 * (queries + width) + FP32 * count * attention.num_heads + mask
+    return e * 2 * (queries + width) + FP32 * count * attention.num_heads + mask + views
 
 
 def _adapters(linears: tuple[Linear, ...], count: int, t: Terms) -> int:
