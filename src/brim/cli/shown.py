@@ -39,11 +39,13 @@ def time_line(data: "DataSet", recipe: Recipe, predicted: Prediction, *, steps_d
     """Steps of the run, and how long those that are left will take."""
     steps = data.steps(recipe)
     left = max(0, steps - steps_done)
-    low, high = predicted.step_time_range_s or (predicted.step_time_s, predicted.step_time_s)
-    about = units.format_duration(left * predicted.step_time_s)
-    span = f" ({units.format_duration(left * low)} to {units.format_duration(left * high)})" if low < high else ""
+    about = f"about {units.format_duration(left * predicted.step_time_s)}"
+    if predicted.step_time_range_s is not None:
+        low, high = predicted.step_time_range_s
+        span = f"{units.format_duration(left * low)} to {units.format_duration(left * high)}"
+        about = f"{about} ({span})" if low <= predicted.step_time_s <= high else span
     resumed = f", {steps_done} of them done" if steps_done else ""
-    return f"run: {steps} steps of {recipe.rows_per_step} rows{resumed}, about {about}{span}"
+    return f"run: {steps} steps of {recipe.rows_per_step} rows{resumed}, {about}"
 
 
 def show_data(data: "DataSet", tokenizer: object, recipe: Recipe, *, json: bool) -> None:

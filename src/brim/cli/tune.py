@@ -24,7 +24,7 @@ from brim.speed.bands import keep_run
 from brim.training.processes import is_first, is_rank, run_ranks
 
 if TYPE_CHECKING:
-    from brim.training.loop import Run
+    from brim.training.job import Run
     from brim.training.metrics import StepRecord
 
 _FEWEST_TIMED_STEPS = 3
@@ -141,7 +141,7 @@ def _run(
             if is_first():
                 note_work(job)
             with show_steps(recipe) as on_step:
-                return run(job, on_step=on_step, should_stop=stop.asked_after_step)
+                return run(job, on_step=on_step, should_stop=stop.asked_after_step, tell=console.note)
 
 
 def _check_merge(recipe: Recipe, *, merge: bool) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,16 +70,19 @@ class Progress:
 
 
 def save_checkpoint(directory: Path, workload: Workload, progress: Progress, *, data: str) -> Path:
-    """Write `step-N` below `directory`, then remove the older ones. `data` tells one data set from another."""
+    """Write `step-N` below `directory`, then remove the older ones. `data` tells one data set from another.
+
+    When the system refuses (a full disk), it is refused to all ranks, and what was there before stays.
+    """
     target, ranks = directory / f"step-{progress.steps_done:08d}", workload.ranks
     if not ranks.any(target.exists()):
-        with whole_directory(target) if ranks.is_first else nullcontext(partial_of(target)) as partial:
-            ranks.wait()  # until the directory is there
-            _write(workload, partial)
-            if ranks.is_first:
-                state = {"recipe": workload.recipe.to_dict(), "data": data, "progress": progress.to_dict()}
-                (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            ranks.wait()  # until all is in it
+        whole: AbstractContextManager[Path] = (
+            whole_directory(target) if ranks.is_first else nullcontext(partial_of(target))
+        )
+        with ExitStack() as stack:
+            partial = ranks.together(lambda: stack.enter_context(whole))  # the directory is there
+            ranks.together(lambda: _write(workload, partial, progress, data))
+            ranks.together(stack.close)  # all is in it, and it has its name
     if ranks.is_first:
         # Older ones, and what a killed run left of one that it was writing.
         for older in [*_checkpoints(directory)[:-1], *directory.glob(".step-*")]:
@@ -107,12 +110,15 @@ def kept(workload: Workload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return trainable, _optimizer_state(workload, is_copy=_optimizer_rank(workload) != ranks.rank)
 
 
-def _write(workload: Workload, directory: Path) -> None:
+def _write(workload: Workload, directory: Path, progress: Progress, data: str) -> None:
     ranks = workload.ranks
     trainable, rest = kept(workload)
     if ranks.original == ranks.rank:
         save_file(trainable, directory / _file("trainable", ranks, ranks.rank))
     save_file(rest, directory / _file("optimizer", ranks, ranks.rank))
+    if ranks.is_first:
+        state = {"recipe": workload.recipe.to_dict(), "data": data, "progress": progress.to_dict()}
+        (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
 def _optimizer_rank(workload: Workload) -> int:

@@ -4,107 +4,68 @@ The run works in `OUTPUT.partial` (`workplace`), which becomes OUTPUT when every
 leaves its last checkpoint there and goes on from it.
 """
 
-import json
 import math
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NoReturn
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 
-from brim.errors import BrimError, RanOutOfMemoryError, Stopped, UsageError
+from brim.errors import BrimError, Stopped, UsageError
 from brim.memory.measured import RealMeter, meter_for
-from brim.models import ModelSpec
-from brim.publish import alone, write_whole
-from brim.recipe import Recipe
-from brim.report import Ledger, Measured, Peak, Prediction, RunReport
-from brim.training.adapters import save_adapter
+from brim.publish import alone
+from brim.report import RunReport
 from brim.training.build import Workload, build
-from brim.training.checkpoint import Progress, load_checkpoint, save_checkpoint, wrong_weight
+from brim.training.checkpoint import kept, load_checkpoint, save_checkpoint, wrong_weight
 from brim.training.dataset import DataSet
+from brim.training.ending import publish_model, report_of
 from brim.training.evaluation import mean_loss
-from brim.training.fake_quantized import save_integers
-from brim.training.merge import write_merged
+from brim.training.history import History
+from brim.training.job import OnStep, Run, ShouldStop, Tell, Watch
 from brim.training.metrics import Metrics, StepRecord
 from brim.training.packing import check_apart
-from brim.training.parts import whole_state
-from brim.training.ranks import ALONE, Ranks
+from brim.training.room import with_room
 from brim.training.schedule import learning_rate
 from brim.training.step import train_step
-from brim.training.teacher import taught
-from brim.training.workplace import (
-    can_resume,
-    checkpoints_of,
-    discard_unbegun,
-    explain_full_disk,
-    open_workplace,
-    publish,
-    workplace_of,
-)
-from brim.units import format_bytes
+from brim.training.teacher import TEACHER_BYTES, taught
+from brim.training.trouble import check_number, check_weights, explain_lost_rank, explain_out_of_memory, give_up
+from brim.training.workplace import checkpoints_of, discard_unbegun, open_workplace, workplace_of
 
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-"""In what gloo and NCCL say when a process that they wait for is gone."""
-MERGED = "merged"
-"""Where in OUTPUT a merged model is."""
-_NAMED_ROWS = 16
 _RECENT_STEPS = 100
 """As many steps tell how long the rest will take."""
+_METRICS_BYTES = 2**20
+"""Room to ask for when a line of metrics finds none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What to run and where."""
-
-    recipe: Recipe
-    spec: ModelSpec
-    weights: Path
-    """Directory in Hugging Face form."""
-    tokenizer: Any
-    data: DataSet
-    held: DataSet | None = None
-    """Evaluation data: measured every `evaluate_every` steps and at the end, never learned from."""
-    output: Path
-    predicted: Prediction
-    device: str = "cpu"
-    resume: bool = False
-    merge: bool = False
-    """Beside the adapter, in `OUTPUT/merged`, the model with the adapter in it."""
-    ranks: Ranks = ALONE
-
-
-OnStep = Callable[[StepRecord], None]
-ShouldStop = Callable[[], bool]
-
-
-def run(job: Run, *, on_step: OnStep = lambda _: None, should_stop: ShouldStop = lambda: False) -> RunReport:
-    """Train and publish OUTPUT. After each step `should_stop` is asked: True saves and raises Stopped.
+def run(
+    job: Run,
+    *,
+    on_step: OnStep = lambda _: None,
+    should_stop: ShouldStop = lambda: False,
+    tell: Tell = lambda _: None,
+) -> RunReport:
+    """Train and publish OUTPUT. After each step `should_stop` is asked: True saves and raises Stopped. A full disk is
+    told, and waited for.
 
     With `resume` and nothing to go on from, the run starts at its beginning. Raises UsageError when OUTPUT is there
-    already, another run works on it or the loss is no number, DoesNotFitError when the disk lacks the room,
-    RanOutOfMemoryError with the ledger when memory ends all the same.
+    already, another run works on it or the loss is no number, DoesNotFitError when the disk lacks the room from the
+    start, RanOutOfMemoryError with the ledger when memory ends all the same.
 
-    Of several ranks the first alone writes and tells of steps; a stop that one is asked for stops all.
+    Of several ranks the first alone writes and tells; a stop that one is asked for stops all.
     """
     if not job.ranks.is_first:
-        return _run(job, on_step=lambda _: None, should_stop=should_stop)
+        return _run(job, Watch(should_stop=should_stop))
     with alone(job.output):
         open_workplace(job.output, job.recipe, job.predicted.ledger, resume=job.resume)
         try:
-            return _run(job, on_step=on_step, should_stop=should_stop)
+            return _run(job, Watch(on_step=on_step, should_stop=should_stop, tell=tell))
         finally:
             discard_unbegun(job.output)
 
 
-def _run(job: Run, *, on_step: OnStep, should_stop: ShouldStop) -> RunReport:
+def _run(job: Run, watch: Watch) -> RunReport:
     try:
         with meter_for(torch.device(job.device)) as meter:
             torch.manual_seed(job.recipe.training.seed)
@@ -119,17 +80,16 @@ def _run(job: Run, *, on_step: OnStep, should_stop: ShouldStop) -> RunReport:
                 # From one seed all ranks would drop the same; those that see the same rows still must.
                 torch.manual_seed(job.recipe.training.seed + job.ranks.data_rank)
             if job.recipe.has_teacher:
-                with explain_full_disk(job.output, "writing what the teacher says"):
-                    job = replace(job, data=taught(workload, job.data, checkpoints_of(job.output)))
+                job = replace(job, data=_taught(job, workload, watch))
             history = _resumed(job, workload)
-            _train(job, workload, history, meter, on_step=on_step, should_stop=should_stop)
-        report = _report(job, history)
-        _publish(job, workload, history, report)
+            _train(job, workload, history, meter, watch)
+        report = report_of(job, history)
+        _publish(job, workload, history, report, watch)
     except BrimError:
         raise
     except (RuntimeError, MemoryError) as error:
-        _explain_out_of_memory(job, error)
-        _explain_lost_rank(job, error)
+        explain_out_of_memory(job, error)
+        explain_lost_rank(job, error)
         raise
     return report
 
@@ -142,52 +102,31 @@ def _tell_classes(job: Run, workload: Workload) -> None:
         workload.base.config.pad_token_id = job.data.padding_id
 
 
-@dataclass(slots=True)
-class _History:
-    """What was done and measured so far, by this process and by those that it goes on from."""
-
-    losses: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    peak: Peak = field(default_factory=lambda: Peak(allocated_bytes=0))
-    ledger: Ledger = field(default_factory=Ledger)
-    eval_loss: float | None = None
-    meter_name: str = ""
-
-    def measure(self, meter: RealMeter) -> tuple[int, int]:
-        """(allocated bytes now, highest since the last time); keeps the peak of all."""
-        sample = meter.sample()
-        self.meter_name = meter.name
-        if meter.peak.allocated_bytes > self.peak.allocated_bytes:
-            self.peak, self.ledger = meter.peak, meter.ledger
-        return sample
-
-    def progress(self) -> Progress:
-        return Progress(
-            losses=tuple(self.losses), step_seconds=tuple(self.step_seconds), peak=self.peak, ledger=self.ledger
-        )
-
-
-def _resumed(job: Run, workload: Workload) -> _History:
-    """An empty history; after a resume that of the checkpoint, which is now in the workload."""
-    progress = load_checkpoint(checkpoints_of(job.output), workload, data=job.data.fingerprint) if job.resume else None
-    if progress is None:
-        return _History()
-    return _History(
-        losses=list(progress.losses),
-        step_seconds=list(progress.step_seconds),
-        peak=progress.peak,
-        ledger=progress.ledger,
+def _taught(job: Run, workload: Workload, watch: Watch) -> DataSet:
+    """The data with what the teacher says, once the disk has room for it."""
+    return with_room(
+        lambda: taught(workload, job.data, checkpoints_of(job.output)),
+        output=job.output,
+        what="what the teacher says",
+        need_bytes=TEACHER_BYTES * job.recipe.qat.teacher_top * job.data.input_ids.numel(),
+        watch=watch,
+        ranks=job.ranks,
     )
 
 
-def _train(
-    job: Run, workload: Workload, history: _History, meter: RealMeter, *, on_step: OnStep, should_stop: ShouldStop
-) -> None:
+def _resumed(job: Run, workload: Workload) -> History:
+    """An empty history; after a resume that of the checkpoint, which is now in the workload."""
+    if not job.resume:
+        return History()
+    return History.of(load_checkpoint(checkpoints_of(job.output), workload, data=job.data.fingerprint))
+
+
+def _train(job: Run, workload: Workload, history: History, meter: RealMeter, watch: Watch) -> None:
     training, steps = job.recipe.training, job.data.steps(job.recipe)
     # Loading maps the weights' file, which the profiler counts; it is page cache, not memory that the run needs.
     meter.start_over()
     history.measure(meter)
-    if job.ranks.any(should_stop()):
+    if job.ranks.any(watch.should_stop()):
         raise Stopped("stopped before the first step; start again with the same command and --resume")
     first_step = len(history.losses)
     with Metrics(workplace_of(job.output), first_step=first_step) if job.ranks.is_first else nullcontext() as metrics:
@@ -195,26 +134,27 @@ def _train(
             last = step + 1 == steps
             _step(job, workload, history, steps)
             record = _record(job, workload, history, meter, steps)
-            if metrics is not None:
-                metrics.write(record)
-            on_step(record)
-            stopping = job.ranks.any(should_stop()) and not last
+            _keep_record(job, metrics, record, watch)
+            watch.on_step(record)
+            stopping = job.ranks.any(watch.should_stop()) and not last
             if stopping or (training.save_every and (step + 1) % training.save_every == 0 and not last):
-                _save(job, workload, history)
+                _save(job, workload, history, watch)
             if stopping:
                 raise Stopped(f"stopped after step {step + 1} of {steps}; go on with the same command and --resume")
     if job.held is not None and history.eval_loss is None:
         history.eval_loss = mean_loss(workload, job.held)
-    _check_weights(workload, steps)
+    check_weights(workload, steps)
 
 
-def _step(job: Run, workload: Workload, history: _History, steps: int) -> None:
+def _step(job: Run, workload: Workload, history: History, steps: int) -> None:
     step, started = len(history.losses), time.perf_counter()
     rate = learning_rate(job.recipe, step, steps)
     batches = job.data.step_batches(job.recipe, step, data_rank=job.ranks.data_rank)
     loss = float(train_step(workload, batches, learning_rate=rate))
     if not math.isfinite(loss):
-        _give_up(job, workload, history, loss)
+        if step and not wrong_weight(workload):
+            _write_checkpoint(job, workload, history)
+        give_up(job, step, loss)
     history.step_seconds.append(time.perf_counter() - started)
     history.losses.append(loss)
     if workload.loss_scale is not None and workload.loss_scale.exhausted:
@@ -224,25 +164,7 @@ def _step(job: Run, workload: Workload, history: _History, steps: int) -> None:
         )
 
 
-def _give_up(job: Run, workload: Workload, history: _History, loss: float) -> NoReturn:
-    """Raises UsageError that names the step's rows; what was learned before is saved if the weights are still good."""
-    step = len(history.losses)
-    rows = job.data.step_rows(job.recipe, step)
-    named = ", ".join(str(row + 1) for row in rows[:_NAMED_ROWS]) + (", ..." if len(rows) > _NAMED_ROWS else "")
-    places = job.data.places_of(rows)
-    read = f" ({'; '.join(places[:_NAMED_ROWS])}{'; ...' if len(places) > _NAMED_ROWS else ''})" if places else ""
-    if step and not wrong_weight(workload):
-        _save(job, workload, history)
-    kept = (
-        f"{checkpoints_of(job.output)} holds what was learned before" if can_resume(job.output) else "nothing is kept"
-    )
-    raise UsageError(
-        f"the loss of step {step + 1} is {loss}, over rows {named} of the {len(job.data)} that the data makes{read}: "
-        f"the run has diverged; {kept}; lower optimizer.learning_rate, compute in fp32, or look at those rows"
-    )
-
-
-def _record(job: Run, workload: Workload, history: _History, meter: RealMeter, steps: int) -> StepRecord:
+def _record(job: Run, workload: Workload, history: History, meter: RealMeter, steps: int) -> StepRecord:
     """What is known after the step that was just done; evaluates when it is time to."""
     step, training, scale = len(history.losses), job.recipe.training, workload.loss_scale
     _, allocated_bytes = history.measure(meter)
@@ -250,7 +172,7 @@ def _record(job: Run, workload: Workload, history: _History, meter: RealMeter, s
     history.eval_loss = None
     if job.held is not None and (step == steps or (training.evaluate_every and step % training.evaluate_every == 0)):
         history.eval_loss = mean_loss(workload, job.held)
-        _check_number(history.eval_loss, f"the evaluation loss after step {step}")
+        check_number(history.eval_loss, f"the evaluation loss after step {step}")
     return StepRecord(
         step=step,
         steps=steps,
@@ -266,23 +188,29 @@ def _record(job: Run, workload: Workload, history: _History, meter: RealMeter, s
     )
 
 
-def _save(job: Run, workload: Workload, history: _History) -> None:
-    _check_weights(workload, len(history.losses))
-    with explain_full_disk(job.output, "saving a checkpoint"):
-        save_checkpoint(checkpoints_of(job.output), workload, history.progress(), data=job.data.fingerprint)
+def _keep_record(job: Run, metrics: Metrics | None, record: StepRecord, watch: Watch) -> None:
+    def write() -> None:
+        job.ranks.together(lambda: metrics.write(record) if metrics is not None else None)
+
+    with_room(write, output=job.output, what="metrics.jsonl", need_bytes=_METRICS_BYTES, watch=watch, ranks=job.ranks)
 
 
-def _check_number(value: float, subject: str) -> None:
-    if not math.isfinite(value):
-        raise UsageError(
-            f"{subject} is {value}: the run has diverged; lower optimizer.learning_rate, or compute in fp32"
-        )
+def _save(job: Run, workload: Workload, history: History, watch: Watch) -> None:
+    """A checkpoint, once the disk has room for it."""
+    check_weights(workload, len(history.losses))
+    need_bytes = job.ranks.count * sum(tensor.nbytes for part in kept(workload) for tensor in part.values())
+    with_room(
+        lambda: _write_checkpoint(job, workload, history),
+        output=job.output,
+        what=f"the checkpoint of step {len(history.losses)}",
+        need_bytes=need_bytes,
+        watch=watch,
+        ranks=job.ranks,
+    )
 
 
-def _check_weights(workload: Workload, step: int) -> None:
-    """Raises UsageError when a gradient that was no number has reached the weights (the loss shows it a step later)."""
-    if name := wrong_weight(workload):
-        _check_number(math.nan, f"a weight of {name} after step {step}")
+def _write_checkpoint(job: Run, workload: Workload, history: History) -> None:
+    save_checkpoint(checkpoints_of(job.output), workload, history.progress(), data=job.data.fingerprint)
 
 
 def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:
@@ -296,93 +224,17 @@ def _few_tokens(job: Run, workload: Workload) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _report(job: Run, history: _History) -> RunReport:
-    peaks = job.ranks.told((history.peak, history.ledger))
-    peak, ledger = max(peaks, key=lambda measured: measured[0].highest_bytes)
-    step_time_s = statistics.median(history.step_seconds[1:] or history.step_seconds)
-    evaluation = {}
-    if history.eval_loss is not None:
-        evaluation = {"loss": history.eval_loss, "perplexity": math.exp(min(history.eval_loss, 700.0))}
-    return RunReport(
-        model=job.spec.name,
-        recipe=job.recipe.to_dict(),
-        steps=len(history.losses),
-        first_loss=history.losses[0],
-        last_loss=history.losses[-1],
-        predicted=job.predicted,
-        measured=Measured(
-            peak=peak,
-            ledger=ledger,
-            ranks=tuple(own for own, _ in peaks) if job.ranks.count > 1 else (),
-            step_time_s=step_time_s,
-            tokens_per_s=job.recipe.tokens_per_step / step_time_s,
-            meter=history.meter_name,
-        ),
-        environment=environment(),
-        evaluation=evaluation,
-        reasons=tuple(job.recipe.warnings()),
-    )
+def _publish(job: Run, workload: Workload, history: History, report: RunReport, watch: Watch) -> None:
+    """The model, once the disk has room for it; until then what was learned is saved, if there is room for that."""
 
-
-def environment() -> dict[str, str]:
-    """Versions that decide memory and speed."""
-    packages = ("brim", "torch", "transformers", "peft")
-    return {name: version(name) for name in packages} | {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _publish(job: Run, workload: Workload, history: _History, report: RunReport) -> None:
-    """Model (or adapter), tokenizer and report into OUTPUT; when that fails, what was learned stays as a checkpoint."""
-
-    # Several ranks each have a part; those that do not write take part in gathering them.
-    whole = whole_state(workload.model, keep=job.ranks.is_first) if job.ranks.count > 1 else None
-
-    def write(directory: Path) -> None:
-        # Training needs it off; who uses the model expects it as it was.
-        workload.base.config.use_cache = job.spec.config.get("use_cache", True)
-        if isinstance(workload.model, PeftModel):
-            save_adapter(workload.model, job.spec, directory, state=whole)
-            if job.merge:
-                (directory / MERGED).mkdir()
-                write_merged(workload.model, directory / MERGED)
-                job.tokenizer.save_pretrained(directory / MERGED)
-        elif job.recipe.method == "qat":
-            save_integers(workload.base, directory, job.recipe)
-        else:
-            workload.base.save_pretrained(directory, state_dict=whole)
-        job.tokenizer.save_pretrained(directory)
-        write_whole(directory / "report.json", json.dumps(report.to_dict(), indent=2))
-
-    failure: OSError | SafetensorError | None = None
-    if job.ranks.is_first:
+    def write() -> None:
         try:
-            publish(job.output, write)
-        except (OSError, SafetensorError) as error:
-            failure = error
-    if job.ranks.any(failure is not None):
-        _save(job, workload, history)
-    if failure is not None:
-        with explain_full_disk(job.output, "writing the model"):
-            raise failure
+            publish_model(job, workload, report)
+        except (OSError, SafetensorError):
+            with suppress(OSError, SafetensorError):
+                _write_checkpoint(job, workload, history)
+            raise
 
-
-def _explain_lost_rank(job: Run, error: BaseException) -> None:
-    """Raises Stopped when another process of the run has ended, which is the one that knows why."""
-    if job.ranks.count > 1 and any(words in str(error) for words in _LOST):
-        raise Stopped("another rank has ended; go on with the same command and --resume") from error
-
-
-def _explain_out_of_memory(job: Run, error: BaseException) -> None:
-    """Raises RanOutOfMemoryError when that is what happened."""
-    text = str(error)
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        ledger = ", ".join(
-            f"{line} {format_bytes(size)}" for line, size in job.predicted.ledger.to_dict().items() if size
-        )
-        raise RanOutOfMemoryError(
-            f"out of memory; predicted was {format_bytes(job.predicted.peak.allocated_bytes)} ({ledger}); "
-            "plan again with a smaller --memory, and see that nothing else fills the machine"
-        ) from error
+    written = workload.trainable if job.recipe.adapts else dict(workload.base.named_parameters())
+    need_bytes = sum(parameter.nbytes for parameter in written.values())
+    with_room(write, output=job.output, what="the model", need_bytes=need_bytes, watch=watch, ranks=job.ranks)

@@ -1,6 +1,7 @@
 """What a run tells while it goes: a record a step, kept as metrics.jsonl and as TensorBoard events."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,24 +43,44 @@ class Metrics:
         self._directory = directory
         self._first_step = first_step
         self._file: TextIO | None = None
+        self._events: SummaryWriter | None = None
 
     def __enter__(self) -> "Metrics":
-        # Lines past the checkpoint belong to steps that are run again.
-        kept = self._path.read_text(encoding="utf-8").splitlines()[: self._first_step] if self._path.exists() else []
-        write_whole(self._path, "".join(f"{line}\n" for line in kept))
-        self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(self._directory / "events"), purge_step=self._first_step + 1)
+        self.go_back(self._first_step)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        self._file.close()
-        self._events.close()
+        self._close()
+
+    def go_back(self, steps: int) -> None:
+        """To what was written of the first `steps`; lines past them belong to steps that are run again."""
+        self._close()
+        kept = self._path.read_text(encoding="utf-8").splitlines()[:steps] if self._path.exists() else []
+        write_whole(self._path, "".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(self._directory / "events"), purge_step=steps + 1)
 
     def write(self, record: StepRecord) -> None:
-        assert self._file is not None
+        """Raises OSError when the disk is full; the same record can then be written again."""
+        if self._file is None:
+            self.go_back(record.step - 1)
+        try:
+            self._write(record)
+        except OSError:
+            self._close()  # half a line may be in it
+            raise
+
+    def _close(self) -> None:
+        for open_file in (self._file, self._events):
+            if open_file is not None:
+                with suppress(OSError):  # what a full disk does not take is written anew
+                    open_file.close()
+        self._file = self._events = None
+
+    def _write(self, record: StepRecord) -> None:
+        assert self._file is not None and self._events is not None
         values = {
             "loss": record.loss,
             "learning_rate": record.learning_rate,

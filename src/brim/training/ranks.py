@@ -4,17 +4,19 @@ A mesh has three axes: `replicate` (copies of the model), `shard` (parts of one 
 matrix). Only axes that a recipe uses are made.
 """
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -23,9 +25,12 @@ from brim.errors import UsageError
 from brim.recipe import Recipe
 from brim.training.gloo import settled, settling
 from brim.training.processes import RENDEZVOUS
+from brim.training.workplace import error_number
 
 _TIMEOUT = timedelta(minutes=10)
 """For one collective: a rank that waits longer has lost the others."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +117,22 @@ class Ranks:
         found = torch.tensor(values, dtype=torch.int64)
         settled(found, partial(dist.all_reduce, op=dist.ReduceOp.MAX))
         return tuple(found.tolist())
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns, once all ranks have done theirs; what the system refused one is raised in all."""
+        if self.mesh is None:
+            return work()
+        failure: OSError | SafetensorError | None = None
+        try:
+            result = work()
+        except (OSError, SafetensorError) as error:
+            failure = error
+        (number,) = self.highest(0 if failure is None else error_number(failure) or errno.EIO)
+        if failure is not None:
+            raise failure
+        if number:
+            raise OSError(number, f"in another rank: {os.strerror(number)}")
+        return result
 
     def wait(self) -> None:
         """Until all ranks are here."""

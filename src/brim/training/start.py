@@ -13,7 +13,7 @@ from brim.report import Prediction
 from brim.training.chat import CHATML
 from brim.training.data import tokenize
 from brim.training.dataset import DataSet
-from brim.training.loop import Run
+from brim.training.job import Run
 from brim.training.ranks import ALONE, Ranks
 from brim.training.rows import read_rows
 from brim.units import Progress, no_progress

@@ -21,6 +21,8 @@ from brim.training.fake_quantized import unrounded
 
 _KINDS = {"ids": torch.int32, "probabilities": torch.int16}
 """Bytes of BF16 are held as those of INT16, which numpy knows."""
+TEACHER_BYTES = sum(dtype.itemsize for dtype in _KINDS.values())
+"""Of each likely successor of a token."""
 
 
 def taught(workload: Workload, data: DataSet, place: Path) -> DataSet:

@@ -3,15 +3,14 @@
 It holds `recipe.toml`, `metrics.jsonl`, `events/` and, of an interrupted run, `checkpoints/`.
 """
 
-import errno
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from brim.errors import DoesNotFitError, UsageError
+from brim.errors import UsageError
 from brim.publish import check_room, sync, sync_tree, write_whole
 from brim.recipe import Recipe
 from brim.report import Ledger
@@ -96,17 +95,9 @@ def publish(output: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
-@contextmanager
-def explain_full_disk(output: Path, doing: str) -> Iterator[None]:
-    """A full disk as DoesNotFitError, with what can be done; other errors pass."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors says so in words only ("... (os error 28)").
-        if not any(
-            error.errno == code if isinstance(error, OSError) else f"os error {code}" in str(error)
-            for code in (errno.ENOSPC, errno.EDQUOT)
-        ):
-            raise
-        kept = "then go on with --resume from the last checkpoint" if can_resume(output) else "then start again"
-        raise DoesNotFitError(f"the disk of {output.absolute().parent} is full ({doing}); free some, {kept}") from error
+def error_number(error: OSError | SafetensorError) -> int | None:
+    """The system's, as `errno` names it; safetensors says it in words only ("... (os error 28)")."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return None if found is None else int(found[1])

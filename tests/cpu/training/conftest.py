@@ -12,8 +12,8 @@ from brim.recipe import Precision, Recipe, Training
 from brim.report import Ledger, Peak, Prediction
 from brim.training.build import Workload, build
 from brim.training.data import tokenize
+from brim.training.job import Run
 from brim.training.layouts import Row
-from brim.training.loop import Run
 
 MakeRecipe = Callable[..., Recipe]
 MakeWorkload = Callable[[Recipe], Workload]

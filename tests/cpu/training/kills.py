@@ -23,8 +23,9 @@ from brim.models.quiet import quiet_transformers
 from brim.recipe import Optimizer, Precision, Recipe, Training
 from brim.report import Ledger, Peak, Prediction
 from brim.training.data import tokenize
+from brim.training.job import Run
 from brim.training.layouts import Row
-from brim.training.loop import Run, run
+from brim.training.loop import run
 from brim.training.start import load_tokenizer
 
 STEPS = 60

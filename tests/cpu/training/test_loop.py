@@ -1,27 +1,28 @@
 """A whole run: what it writes is what was trained, measured and asked for; what fails leaves nothing half-made."""
 
-import errno
 import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from brim.errors import BrimError, DoesNotFitError, RanOutOfMemoryError, RecipeError, UsageError
 from brim.models import describe
 from brim.recipe import Lora, Memory, Optimizer, Precision, Recipe, Training
 from brim.training import loop
 from brim.training.build import Workload, build
-from brim.training.loop import Run, run
+from brim.training.ending import environment
+from brim.training.job import Run
+from brim.training.loop import run
 from brim.training.metrics import StepRecord
 from brim.training.schedule import learning_rate
 from brim.training.step import train_step
@@ -183,35 +184,6 @@ def test_no_room_from_the_start(make_run: MakeRun, monkeypatch: pytest.MonkeyPat
     assert not workplace_of(job.output).exists()
 
 
-class Full(NamedTuple):
-    """A disk that is full when the model is written."""
-
-    def save_pretrained(self, directory: Path, **_: Any) -> None:
-        (directory / "model.safetensors").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(directory / "model.safetensors"))
-
-
-def test_no_room_for_the_model(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A disk full at the very end loses nothing: no half model stays, and --resume writes it without training again."""
-    undisturbed, job = make_run("gpt2", output=tmp_path / "undisturbed"), make_run("gpt2")
-    expected = run(undisturbed)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            PreTrainedModel, "save_pretrained", lambda self, directory, **_: Full().save_pretrained(directory)
-        )
-        with pytest.raises(DoesNotFitError, match=r"full.*--resume") as caught:
-            run(job)
-    assert caught.value.exit_code == 3
-    assert not job.output.exists()
-    assert list(workplace_of(job.output).rglob("*model*")) == []
-    stepped: list[StepRecord] = []
-    report = run(replace(job, resume=True), on_step=stepped.append)
-    assert stepped == []
-    assert (job.output / "model.safetensors").read_bytes() == (undisturbed.output / "model.safetensors").read_bytes()
-    assert report.measured.peak == expected.measured.peak
-    assert (report.steps, report.last_loss) == (expected.steps, expected.last_loss)
-
-
 def poisoned_after(step: int) -> Callable[..., torch.Tensor]:
     """The real step, but the weights hold a NaN after the given one."""
     count = 0
@@ -317,6 +289,6 @@ def test_out_of_memory(
 
 def test_environment_names_versions() -> None:
     """A report says which versions its figures belong to."""
-    found: Mapping[str, str] = loop.environment()
+    found: Mapping[str, str] = environment()
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found.keys() >= {"brim", "transformers", "peft", "python", "platform"}

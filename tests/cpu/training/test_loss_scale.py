@@ -13,7 +13,8 @@ from brim.recipe import Optimizer, Precision, Recipe
 from brim.training import loss_scale
 from brim.training.batches import Batch, synthetic_batch
 from brim.training.build import Workload
-from brim.training.loop import Run, run
+from brim.training.job import Run
+from brim.training.loop import run
 from brim.training.loss_scale import LossScale
 from brim.training.step import train_step
 

@@ -19,8 +19,9 @@ from brim.training.batches import Batch
 from brim.training.build import Workload, build
 from brim.training.data import tokenize
 from brim.training.examples import Example
+from brim.training.job import Run
 from brim.training.layouts import Row
-from brim.training.loop import Run, run
+from brim.training.loop import run
 from brim.training.packing import check_apart, fill_rows, pack
 from brim.training.step import batch_loss
 

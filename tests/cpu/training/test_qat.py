@@ -21,7 +21,8 @@ from brim.recipe import Lora, Optimizer, Precision, Qat, Recipe, Training
 from brim.training.batches import synthetic_batch
 from brim.training.build import Workload, build
 from brim.training.fake_quantized import save_integers
-from brim.training.loop import Run, run
+from brim.training.job import Run
+from brim.training.loop import run
 from brim.training.step import train_step
 
 MakeRecipe = Callable[..., Recipe]

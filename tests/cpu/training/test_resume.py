@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from brim.errors import DoesNotFitError, ModelFileError, Stopped, UsageError
+from brim.errors import ModelFileError, Stopped, UsageError
 from brim.recipe import Memory, Optimizer, Precision, Training
-from brim.training import checkpoint, workplace
-from brim.training.loop import Run, run
+from brim.training import workplace
+from brim.training.job import Run
+from brim.training.loop import run
 from brim.training.metrics import StepRecord
 from brim.training.workplace import can_resume, checkpoints_of, workplace_of
 
@@ -247,33 +247,6 @@ def test_damaged_checkpoint(name: str, damage: Callable[[Path], object], make_ru
     assert caught.value.exit_code == 4
     shutil.rmtree(checkpoints_of(job.output) / "step-00000003")
     run(replace(job, resume=True))
-
-
-@pytest.mark.parametrize("first", [False, True], ids=["second checkpoint", "first checkpoint"])
-def test_no_room_for_a_checkpoint(
-    first: bool, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A disk that fills up under a checkpoint (exit 3) leaves the one before it, or says that there is none."""
-    undisturbed, job = make_run("gpt2", output=tmp_path / "one", training=SAVING), make_run("gpt2", training=SAVING)
-    run(undisturbed)
-    saved = 0
-
-    def fills_up(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        nonlocal saved
-        saved += 1
-        if saved == (2 if first else 4):  # each checkpoint has two files
-            path.write_bytes(b"half")
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        save_file(tensors, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", fills_up)
-        with pytest.raises(DoesNotFitError, match="start again" if first else "go on with --resume"):
-            run(job)
-    kept = [path.name for path in checkpoints_of(job.output).iterdir()]
-    assert kept == ([] if first else ["step-00000002"])
-    run(replace(job, resume=True))
-    assert_same(job.output, undisturbed.output)
 
 
 def test_events_hold_each_step_once(make_run: MakeRun) -> None:

@@ -9,8 +9,9 @@ import pytest
 from brim.recipe import Training
 from brim.rehearsal import rehearse_trace
 from brim.training.data import tokenize
+from brim.training.job import Run
 from brim.training.layouts import Row
-from brim.training.loop import Run, run
+from brim.training.loop import run
 from brim.training.metrics import StepRecord
 
 MakeRun = Callable[..., Run]

@@ -19,7 +19,8 @@ from brim.layers.soft_labels import SoftLabels, cross_entropy, soft_labels
 from brim.memory.measured import CpuMeter
 from brim.recipe import Memory, Precision, Qat, Recipe, Training
 from brim.training.build import Workload
-from brim.training.loop import Run, run
+from brim.training.job import Run
+from brim.training.loop import run
 from brim.training.teacher import taught
 
 MakeRun = Callable[..., Run]

@@ -197,7 +197,7 @@ def test_libraries_keep_quiet(arguments: list[str], tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout)["steps"] == 6
-    strange = [line for line in done.stderr.splitlines() if not re.match(r"preparing |step \d/6 ", line)]
+    strange = [line for line in done.stderr.splitlines() if not re.match(r"preparing |data: |run: |step \d/6 ", line)]
     assert strange == []
 
 

@@ -1,0 +1,68 @@
+"""What a run that cannot go on says: which step, which rows, what is kept, what to do."""
+
+import math
+from typing import NoReturn
+
+from brim.errors import RanOutOfMemoryError, Stopped, UsageError
+from brim.training.build import Workload
+from brim.training.checkpoint import wrong_weight
+from brim.training.job import Run
+from brim.training.workplace import can_resume, checkpoints_of
+from brim.units import format_bytes
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+"""In what gloo and NCCL say when a process that they wait for is gone."""
+_NAMED_ROWS = 16
+
+
+def rows_read(job: Run, step: int) -> str:
+    """The rows of the data set (from 1) that optimizer step `step` (from 0) reads, with file and line where known."""
+    rows = job.data.step_rows(job.recipe, step)
+    named = ", ".join(str(row + 1) for row in rows[:_NAMED_ROWS]) + (", ..." if len(rows) > _NAMED_ROWS else "")
+    places = job.data.places_of(rows)
+    read = f" ({'; '.join(places[:_NAMED_ROWS])}{'; ...' if len(places) > _NAMED_ROWS else ''})" if places else ""
+    return f"rows {named} of the {len(job.data)} that the data makes{read}"
+
+
+def give_up(job: Run, step: int, loss: float) -> NoReturn:
+    """Raises UsageError for the step (from 0) whose loss is no number."""
+    kept = (
+        f"{checkpoints_of(job.output)} holds what was learned before" if can_resume(job.output) else "nothing is kept"
+    )
+    raise UsageError(
+        f"the loss of step {step + 1} is {loss}, over {rows_read(job, step)}: the run has diverged; {kept}; lower "
+        "optimizer.learning_rate, compute in fp32, or look at those rows"
+    )
+
+
+def check_number(value: float, subject: str) -> None:
+    """Raises UsageError when it is none."""
+    if not math.isfinite(value):
+        raise UsageError(
+            f"{subject} is {value}: the run has diverged; lower optimizer.learning_rate, or compute in fp32"
+        )
+
+
+def check_weights(workload: Workload, step: int) -> None:
+    """Raises UsageError when a gradient that was no number has reached the weights (the loss shows it a step later)."""
+    if name := wrong_weight(workload):
+        check_number(math.nan, f"a weight of {name} after step {step}")
+
+
+def explain_lost_rank(job: Run, error: BaseException) -> None:
+    """Raises Stopped when another process of the run has ended, which is the one that knows why."""
+    if job.ranks.count > 1 and any(words in str(error) for words in _LOST):
+        raise Stopped("another rank has ended; go on with the same command and --resume") from error
+
+
+def explain_out_of_memory(job: Run, error: BaseException) -> None:
+    """Raises RanOutOfMemoryError when that is what happened."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        ledger = ", ".join(
+            f"{line} {format_bytes(size)}" for line, size in job.predicted.ledger.to_dict().items() if size
+        )
+        raise RanOutOfMemoryError(
+            f"out of memory; predicted was {format_bytes(job.predicted.peak.allocated_bytes)} ({ledger}); "
+            "plan again with a smaller --memory, and see that nothing else fills the machine"
+        ) from error
