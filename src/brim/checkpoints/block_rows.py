@@ -35,5 +35,5 @@ def encode_plain_rows(
     if not offset:
         narrow_RK = arranged_RK.to(dtype)
         return Encoded((narrow_RK,), compare(arranged_RK, narrow_RK, scratch))
-    narrow_RK = arranged_RK.float().add_(offset).to(dtype)
+    narrow_RK = (arranged_RK.float() + offset).to(dtype)
     return Encoded((narrow_RK,), compare(arranged_RK, narrow_RK - offset, scratch))

@@ -1,45 +1,55 @@
-"""`quantize`: a model directory into a smaller one, block by block, so that memory does not grow with the model.
+"""`quantize`: a model directory into smaller ones, block by block, so that memory does not grow with the model.
 
 Every output's name, shape, dtype and place follows from the source's headers, so disk space is checked and file headers
 are written before the first weight is read. What was written is read back and compared before the directory appears.
 """
 
 import errno
-import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from brim import __version__
 from brim.checkpoints.audit import REPORT_NAME, QuantizationReport, tensor_report
 from brim.checkpoints.calibrate import calibrate, decisions_of
 from brim.checkpoints.companions import companions, copy_companions
-from brim.checkpoints.conversion import BLOCK_ELEMENTS
 from brim.checkpoints.job import Job, as_json, plan_job
 from brim.checkpoints.journal import NAME as JOURNAL
-from brim.checkpoints.journal import Done, Journal, has_chunks, identity_in
+from brim.checkpoints.journal import Done, Journal
 from brim.checkpoints.keras_weights import keras_tensors
 from brim.checkpoints.layouts import gguf
 from brim.checkpoints.mixture import NO_MIXTURE, Mixture
 from brim.checkpoints.pickled import pickled_tensors
 from brim.checkpoints.statistics import Statistics
-from brim.checkpoints.stream import CHUNK_BLOCKS, Chunk, Places, chunks_of, convert, count_workers, look_through, verify
-from brim.checkpoints.targets import CalibrationText, Family, ScaleChoice, Target
-from brim.checkpoints.writer import create
-from brim.errors import DoesNotFitError, ModelFileError, Stopped, UsageError
+from brim.checkpoints.stream import (
+    Chunk,
+    Reading,
+    chunks_of,
+    convert,
+    count_workers,
+    look_through,
+    readings_of,
+    verify,
+)
+from brim.checkpoints.targets import CalibrationText, Family, ScaleChoice, Target, Wanted
+from brim.checkpoints.workplace import (
+    Jobs,
+    check_workplace,
+    create_files,
+    identity,
+    places_read,
+    removed_unless_resumable,
+)
+from brim.errors import DoesNotFitError, ModelFileError, UsageError
 from brim.models.describe import describe_directory
 from brim.models.directory import StoredTensor, keras_file, stored_tensors
-from brim.models.gguf_header import read_gguf_header
 from brim.models.spec import ModelSpec
 from brim.numerics.granularity import Granularity
-from brim.publish import alone, appear, check_room, partial_of, sync_tree
+from brim.publish import alone, appear, partial_of
 from brim.units import MIB, Progress, no_progress
 
 MEMORY_BYTES = 512 * MIB
-_SMALL_FILE_BYTES = 2**20
-"""Allowed for config, index and report when disk space is checked, beside 1 KiB a tensor."""
 
 
 def quantize(
@@ -74,28 +84,94 @@ def quantize(
     overflow; DoesNotFitError where the disk or `memory_bytes` lacks the room; Stopped for an interrupted run that can
     be resumed.
     """
+    (report,) = _quantize(
+        source, output, {".": Wanted(to, layout)}, _Asked(granularity, scales, mixture),
+        calibration=calibration, unpickle=unpickle, memory_bytes=memory_bytes, resume=resume, progress=progress,
+        calibration_progress=calibration_progress,
+    )  # fmt: skip
+    return report
+
+
+def quantize_all(
+    source: Path,
+    output: Path,
+    wanted: Sequence[Wanted],
+    *,
+    granularity: Granularity | None = None,
+    scales: ScaleChoice = "absmax",
+    mixture: Mixture = NO_MIXTURE,
+    unpickle: bool = False,
+    memory_bytes: int = MEMORY_BYTES,
+    resume: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[QuantizationReport, ...]:
+    """As `quantize`, several outputs from one pass over the source's weights: a report for each, in order.
+
+    Each has a directory of its own in the new directory `output`, named FORMAT-LAYOUT. All of them appear, or none.
+    """
+    return _quantize(
+        source, output, {each.name: each for each in wanted}, _Asked(granularity, scales, mixture), calibration=None,
+        unpickle=unpickle, memory_bytes=memory_bytes, resume=resume, progress=progress,
+        calibration_progress=no_progress,
+    )  # fmt: skip
+
+
+class _Asked(NamedTuple):
+    """Of integers."""
+
+    granularity: Granularity | None
+    scales: ScaleChoice
+    mixture: Mixture
+
+
+def _quantize(
+    source: Path,
+    output: Path,
+    wanted: Mapping[str, Wanted],
+    asked: _Asked,
+    *,
+    calibration: CalibrationText | None,
+    unpickle: bool,
+    memory_bytes: int,
+    resume: bool,
+    progress: Progress,
+    calibration_progress: Progress,
+) -> tuple[QuantizationReport, ...]:
+    """`wanted`: by the directory in the output."""
     check_output(output, source=source)
     spec, stored = _read(source, unpickle)
-    _check_calibration(scales, calibration, unpickle)
-    job = plan_job(source, spec, stored, to, granularity=granularity, layout=layout, scales=scales, mixture=mixture)
+    _check_calibration(asked.scales, calibration, unpickle)
+    jobs = _plan(source, spec, stored, wanted, asked)
     place, partial = output.absolute(), partial_of(output.absolute())
     with _full_disk(output), alone(place), _decisions_removed(place):
         if calibration is not None:
+            ((name, job),) = jobs.items()
             decided = calibrate(
                 source, spec, job, decisions_of(place), text=calibration, memory_bytes=memory_bytes, resume=resume,
                 progress=calibration_progress,
             )  # fmt: skip
-            job = decided.applied_to(job)
-        workers = count_workers(job.conversions, memory_bytes=memory_bytes)
-        go_on = _check_workplace(partial, job, output=output, resume=resume)
-        with _removed_unless_resumable(partial):
-            collected = _write(partial, job, go_on=go_on, workers=workers, progress=progress)
-            report = _report(source, job, collected, to)
-            copy_companions(companions(source, all_in_one=report.layout == gguf.LAYOUT), partial)
-            (partial / REPORT_NAME).write_text(as_json(report.to_dict()), encoding="utf-8")
+            jobs = {name: decided.applied_to(job)}
+        readings = readings_of([job.conversions for job in jobs.values()])
+        workers = count_workers(readings, memory_bytes=memory_bytes)
+        go_on = check_workplace(partial, jobs, output=output, resume=resume)
+        with removed_unless_resumable(partial):
+            collected = _write(partial, jobs, readings, go_on=go_on, workers=workers, progress=progress)
+            reports = _reports(source, jobs, collected)
+            for name, report in zip(jobs, reports, strict=True):
+                copy_companions(companions(source, all_in_one=report.layout == gguf.LAYOUT), partial / name)
+                (partial / name / REPORT_NAME).write_text(as_json(report.to_dict()), encoding="utf-8")
             (partial / JOURNAL).unlink()
             appear(partial, place)
-    return report
+    return reports
+
+
+def _plan(
+    source: Path, spec: ModelSpec, stored: Sequence[StoredTensor], wanted: Mapping[str, Wanted], asked: _Asked
+) -> dict[str, Job]:
+    return {
+        name: plan_job(source, spec, stored, each.to, layout=each.layout, **asked._asdict())
+        for name, each in wanted.items()
+    }
 
 
 def _read(source: Path, unpickle: bool) -> tuple[ModelSpec, tuple[StoredTensor, ...]]:
@@ -141,23 +217,49 @@ def audit(
 
     `progress` counts bytes read from the source. Raises what `quantize` does on account of the source.
     """
+    (report,) = audit_all(
+        source, [Wanted(to, layout)], granularity=granularity, scales=scales, mixture=mixture, unpickle=unpickle,
+        memory_bytes=memory_bytes, progress=progress,
+    )  # fmt: skip
+    return report
+
+
+def audit_all(
+    source: Path,
+    wanted: Sequence[Wanted],
+    *,
+    granularity: Granularity | None = None,
+    scales: ScaleChoice = "absmax",
+    mixture: Mixture = NO_MIXTURE,
+    unpickle: bool = False,
+    memory_bytes: int = MEMORY_BYTES,
+    progress: Progress = no_progress,
+) -> tuple[QuantizationReport, ...]:
+    """The reports that `quantize_all` would give, without writing anything."""
     if scales == "calibrated":
         raise UsageError("--audit looks at weights alone; leave --scales calibrated away, or use --scales mse")
     spec, stored = _read(source, unpickle)
-    job = plan_job(source, spec, stored, to, granularity=granularity, layout=layout, scales=scales, mixture=mixture)
-    workers = count_workers(job.conversions, memory_bytes=memory_bytes)
-    chunks = tuple(chunk for conversion in job.conversions for chunk in chunks_of(conversion))
-    collected = _Collected(job, progress, read_back=False)
-    look_through(chunks, workers=workers, collect=collected.add)
-    return _report(source, job, collected, to)
+    jobs = _plan(source, spec, stored, {each.name: each for each in wanted}, _Asked(granularity, scales, mixture))
+    readings = readings_of([job.conversions for job in jobs.values()])
+    collected = _Collected(jobs, readings, progress, read_back=False)
+    workers = count_workers(readings, memory_bytes=memory_bytes)
+    look_through(chunks_of(readings), workers=workers, collect=collected.add)
+    return _reports(source, jobs, collected)
 
 
-def _report(source: Path, job: Job, collected: "_Collected", to: Target) -> QuantizationReport:
-    tensors = tuple(
-        tensor_report(c.source.spec, c.tensors, collected.sums[c.source.spec.name], format=c.format)
-        for c in job.conversions
+def _reports(source: Path, jobs: Jobs, collected: "_Collected") -> tuple[QuantizationReport, ...]:
+    return tuple(
+        QuantizationReport(
+            model=source.resolve().name,
+            to=job.to,
+            layout=job.layout,
+            tensors=tuple(
+                tensor_report(c.source.spec, c.tensors, collected.sums[number, c.source.spec.name], format=c.format)
+                for c in job.conversions
+            ),
+        )
+        for number, job in enumerate(jobs.values())
     )
-    return QuantizationReport(model=source.resolve().name, to=to, layout=job.layout, tensors=tensors)
 
 
 @contextmanager
@@ -182,119 +284,63 @@ def check_output(output: Path, *, source: Path | None) -> None:
         raise UsageError(f"output {output} exists already; name another with --output, or remove it")
 
 
-def _identity(job: Job) -> dict[str, Any]:
-    """What must be the same for a killed run to be gone on with: the source's files, and all that is made of them."""
-    sources = sorted({conversion.source.path for conversion in job.conversions})
-    made = hashlib.sha256()
-    for file in job.files:
-        made.update(file.name.encode() + file.header)
-    for name, text in job.texts.items():
-        made.update((name + text).encode())
-    status = [(path, path.stat()) for path in sources]
-    return {
-        "brim": __version__,
-        "settings": job.settings,
-        "cut": [BLOCK_ELEMENTS, CHUNK_BLOCKS],
-        "source": [[path.name, facts.st_size, facts.st_mtime_ns] for path, facts in status],
-        "output": made.hexdigest(),
-    }
-
-
-def _check_workplace(partial: Path, job: Job, *, output: Path, resume: bool) -> bool:
-    """Whether `partial` has what a killed run did, to go on from.
-
-    Raises UsageError where it is other work that is to be gone on with, DoesNotFitError where the disk lacks the room.
-    """
-    found = identity_in(partial) if resume else None
-    if found is not None and found != _identity(job):
-        raise UsageError(
-            f"{partial} is a killed run of another model, format or version of Brim; run without --resume to start over"
-        )
-    if found is None:
-        shutil.rmtree(partial, ignore_errors=True)
-    small_bytes = _SMALL_FILE_BYTES + 1024 * len(job.conversions) + sum(len(text) for text in job.texts.values())
-    there_bytes = sum(512 * path.stat().st_blocks for path in partial.glob("*"))
-    need_bytes = sum(file.nbytes for file in job.files) + small_bytes - there_bytes
-    check_room(partial.parent, need_bytes, what=f"output {output}")
-    return found is not None
-
-
-def _create(directory: Path, job: Job) -> None:
-    """All files, of full length; only what is converted is not in them."""
-    directory.mkdir(parents=True)
-    constants = dict(constant for conversion in job.conversions for constant in conversion.constants)
-    for file in job.files:
-        create(directory / file.name, file, {spec.name: constants[spec] for spec in file.tensors if spec in constants})
-    for name, text in job.texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
-    sync_tree(directory)
-
-
-@contextmanager
-def _removed_unless_resumable(partial: Path) -> Iterator[None]:
-    """Of an interrupted run that was long enough to have lines in its journal the work is kept; else nothing is."""
-    kept = False
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = has_chunks(partial)
-        if not kept:
-            raise
-        raise Stopped(
-            f"interrupted; what was done is kept in {partial}: the same command with --resume goes on from there"
-        ) from None
-    finally:
-        if not kept:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write(directory: Path, job: Job, *, go_on: bool, workers: int, progress: Progress) -> "_Collected":
+def _write(
+    directory: Path,
+    jobs: Jobs,
+    readings: Sequence[Reading],
+    *,
+    go_on: bool,
+    workers: int,
+    progress: Progress,
+) -> "_Collected":
     """The weights; read back and compared."""
     if not go_on:
-        _create(directory, job)
-    collected = _Collected(job, progress)
-    chunks = tuple(chunk for conversion in job.conversions for chunk in chunks_of(conversion))
-    places = {spec.name: (directory / file.name, file.places[spec.name]) for file in job.files for spec in file.tensors}
-    with Journal(directory, _identity(job)) as journal:
-        convert(chunks, places, workers=workers, journal=journal, collect=collected.add)
-    verify(collected.done, _places_read(directory, job), workers=workers, count=collected.count)
+        create_files(directory, jobs)
+    collected = _Collected(jobs, readings, progress)
+    places = [
+        {
+            spec.name: (directory / place / file.name, file.places[spec.name])
+            for file in job.files
+            for spec in file.tensors
+        }
+        for place, job in jobs.items()
+    ]
+    with Journal(directory, identity(jobs)) as journal:
+        convert(chunks_of(readings), places, workers=workers, journal=journal, collect=collected.add)
+    read = [places_read(directory / place, job) for place, job in jobs.items()]
+    verify(collected.done, read, workers=workers, count=collected.count)
     return collected
 
 
 class _Collected:
     """What has been done, and how much of all there is to do."""
 
-    def __init__(self, job: Job, progress: Progress, *, read_back: bool = True) -> None:
-        self.done: list[tuple[Chunk, Done]] = []
-        self.sums = {conversion.source.spec.name: Statistics() for conversion in job.conversions}
-        self._progress, self._bytes = progress, 0
-        self._total = sum(
-            spec.nbytes
+    def __init__(self, jobs: Jobs, readings: Iterable[Reading], progress: Progress, *, read_back: bool = True) -> None:
+        self.done: list[tuple[Chunk, tuple[Done, ...]]] = []
+        self.sums = {
+            (number, conversion.source.spec.name): Statistics()
+            for number, job in enumerate(jobs.values())
             for conversion in job.conversions
-            for spec in (conversion.source.spec, *(conversion.outputs if read_back else ()))
-        )
+        }
+        self._progress, self._bytes = progress, 0
+        self._total = sum(reading.source.spec.nbytes for reading in readings)
+        if read_back:
+            self._total += sum(spec.nbytes for job in jobs.values() for c in job.conversions for spec in c.outputs)
 
-    def add(self, chunk: Chunk, done: Done) -> None:
+    def add(self, chunk: Chunk, done: tuple[Done, ...]) -> None:
         """The next chunk. Raises ModelFileError at the end of a tensor that overflowed."""
-        source, sums = chunk.conversion.source, self.sums[chunk.conversion.source.spec.name]
-        sums.add(done.statistics)
-        if sums.overflowed and sums.elements == source.spec.numel:
-            raise _overflow(source, chunk.conversion.format or chunk.conversion.outputs[0].dtype, sums)
+        source = chunk.reading.source
+        for conversion, number, each in zip(*chunk.reading, done, strict=True):
+            sums = self.sums[number, conversion.source.spec.name]
+            sums.add(each.statistics)
+            if sums.overflowed and sums.elements == source.spec.numel:
+                raise _overflow(source, conversion.format or conversion.outputs[0].dtype, sums)
         self.done.append((chunk, done))
         self.count(chunk.source_bytes)
 
     def count(self, nbytes: int) -> None:
         self._bytes += nbytes
         self._progress(self._bytes, self._total)
-
-
-def _places_read(directory: Path, job: Job) -> Places:
-    """Where the headers of the files, read anew, say that the tensors are."""
-    if job.layout == gguf.LAYOUT:
-        path = directory / gguf.NAME
-        header = read_gguf_header(path)
-        return {entry.spec.name: (path, header.data_start + entry.begin) for entry in header.tensors}
-    return {stored.spec.name: (stored.path, stored.offset) for stored in stored_tensors(directory)}
 
 
 def _overflow(source: StoredTensor, to: str, sums: Statistics) -> ModelFileError:

@@ -31,6 +31,7 @@ class Job(NamedTuple):
     files: tuple[OutputFile, ...]
     texts: Mapping[str, str]
     """Name -> content of each file beside the weights; config.json for one."""
+    to: Target
     layout: str
     settings: str
     """What was asked: a run that was killed is gone on with under the same settings only."""
@@ -59,7 +60,7 @@ def plan_job(
     _check_mixture(to, family, mixture)
     if family == "gguf":
         conversions, file = plan_gguf(source, spec, config, stored, to=to)
-        return Job(conversions, (file,), {}, gguf.LAYOUT, settings=f"{to} {gguf.LAYOUT}")
+        return Job(conversions, (file,), {}, to, gguf.LAYOUT, settings=f"{to} {gguf.LAYOUT}")
     if family == "bitsandbytes":
         planned = Planned(*plan_bitsandbytes(spec, config, stored, to=to), bitsandbytes.LAYOUT)
     elif family == "torchao":
@@ -80,7 +81,7 @@ def plan_job(
     texts = {CONFIG: as_json(config)}
     if index := index_of(files):
         texts[INDEX] = as_json(index)
-    return Job(conversions, files, texts, name, settings=f"{to} {name} {granularity} {scales} {mixture}")
+    return Job(conversions, files, texts, to, name, settings=f"{to} {name} {granularity} {scales} {mixture}")
 
 
 def _check_granularity(to: Target, family: Family, granularity: Granularity | None) -> None:

@@ -1,14 +1,14 @@
 """`journal.jsonl` of a conversion under way: how much is on the disk, so that a killed run can go on.
 
 The first line says of what the work is; a journal of other work is not gone on from. Each further line is the next
-chunk: the checksums of what was written, and the sums for the report. A line is written after the bytes that it
-vouches for are on the disk. Python writes floats so that they are read back exactly: the report of a resumed run is
-that of an undisturbed one, byte by byte.
+chunk: for each of its conversions the checksums of what was written, and the sums for the report. A line is written
+after the bytes that it vouches for are on the disk. Python writes floats so that they are read back exactly: the report
+of a resumed run is that of an undisturbed one, byte by byte.
 """
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ NAME = "journal.jsonl"
 
 
 class Done(NamedTuple):
-    """A chunk that has been converted."""
+    """A chunk that has been converted, in one way."""
 
     crc32: tuple[int, ...]
     """Of its bytes in each output."""
@@ -38,11 +38,10 @@ class Journal:
         if not lines:
             self._append([json.dumps(identity)])
 
-    def add(self, chunks: Iterable[Done]) -> None:
+    def add(self, chunks: Iterable[Sequence[Done]]) -> None:
         """The next chunks, which are on the disk."""
-        self._append(
-            json.dumps([list(done.crc32), done.statistics.to_list()], separators=(",", ":")) for done in chunks
-        )
+        rows = ([[list(done.crc32), done.statistics.to_list()] for done in chunk] for chunk in chunks)
+        self._append(json.dumps(row, separators=(",", ":")) for row in rows)
 
     def _append(self, lines: Iterable[str]) -> None:
         left = "".join(f"{line}\n" for line in lines).encode()
@@ -78,6 +77,5 @@ def _whole_lines(path: Path) -> tuple[list[bytes], int]:
     return whole.splitlines(), len(whole)
 
 
-def _read(line: bytes) -> Done:
-    crc32, sums = json.loads(line)
-    return Done(tuple(crc32), Statistics(*sums))
+def _read(line: bytes) -> tuple[Done, ...]:
+    return tuple(Done(tuple(crc32), Statistics(*sums)) for crc32, sums in json.loads(line))

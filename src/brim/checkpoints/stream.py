@@ -1,10 +1,12 @@
 """Runs conversions: blocks that stay in the processor's cache, chunks shared out to threads, a journal of what is done.
 
-A chunk is some rows of one tensor. A worker reads it block by block into memory it has already, encodes each block and
-writes the outputs to their places, which are known beforehand. How a tensor is cut depends on the tensor alone: the
-same bytes and the same sums come out whatever the number of workers, and whether or not a run was interrupted.
+A chunk is some rows of one tensor. A worker reads it block by block into memory it has already, encodes each block,
+once for each output that wants it, and writes what comes of it to places that are known beforehand. How a tensor is cut
+depends on the tensor alone: the same bytes and the same sums come out whatever the number of workers, and whether or
+not a run was interrupted.
 """
 
+import math
 import os
 import time
 import zlib
@@ -17,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from brim.checkpoints.conversion import BLOCK_ELEMENTS, Conversion
+from brim.checkpoints.conversion import BLOCK_ELEMENTS, Conversion, Encoded
 from brim.checkpoints.crew import share_out
 from brim.checkpoints.journal import Done, Journal
 from brim.checkpoints.reader import element_type, opened, read_columns, read_into
@@ -37,21 +39,66 @@ FLUSH_S = 1.0
 _READ_BACK_BYTES = 2**20
 
 
+class Reading(NamedTuple):
+    """A tensor that is read once, and what becomes of it in each of the outputs."""
+
+    conversions: tuple[Conversion, ...]
+    jobs: tuple[int, ...]
+    """For each conversion the number of the job that it is of."""
+
+    @property
+    def source(self) -> StoredTensor:
+        return self.conversions[0].source
+
+    @property
+    def by_column(self) -> bool:
+        return self.conversions[0].by_column
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether a row to encode is a column in the file."""
+        return self.by_column != self.source.transposed
+
+    @property
+    def column_elements(self) -> int:
+        """Of one column in the file."""
+        return self.source.spec.shape[0 if self.by_column else -1]
+
+    @property
+    def row_elements(self) -> int:
+        """Whole rows of all conversions."""
+        return math.lcm(*(conversion.row_elements for conversion in self.conversions))
+
+    @property
+    def block_elements(self) -> int:
+        return max(1, BLOCK_ELEMENTS // self.row_elements) * self.row_elements
+
+
+def readings_of(jobs: Sequence[Sequence[Conversion]]) -> tuple[Reading, ...]:
+    """Each tensor once, in the order in which it first comes; twice if one of the jobs reads it by column."""
+    found: dict[object, list[tuple[Conversion, int]]] = {}
+    for number, conversions in enumerate(jobs):
+        for conversion in conversions:
+            source = conversion.source
+            key = (source.path, source.offset, source.spec.shape, source.spec.dtype, conversion.by_column)
+            found.setdefault(key, []).append((conversion, number))
+    return tuple(Reading(*zip(*pairs, strict=True)) for pairs in found.values())
+
+
 class Chunk(NamedTuple):
     """Rows of one tensor."""
 
-    conversion: Conversion
+    reading: Reading
     first: int
     """Element of the source."""
     elements: int
 
     @property
     def source_bytes(self) -> int:
-        return self.elements * element_type(self.conversion.source.spec).itemsize
+        return self.elements * element_type(self.reading.source.spec).itemsize
 
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """For each output: the first byte, and the number of bytes, of what the rows become."""
-        conversion = self.conversion
+    def spans(self, conversion: Conversion) -> tuple[tuple[int, int], ...]:
+        """For each of its outputs: the first byte, and the number of bytes, of what the rows become."""
         begin, end = (-(-element // conversion.row_elements) for element in (self.first, self.first + self.elements))
         return tuple(
             (begin * row_bytes, min(spec.nbytes, end * row_bytes) - begin * row_bytes)
@@ -59,16 +106,19 @@ class Chunk(NamedTuple):
         )
 
 
-def chunks_of(conversion: Conversion) -> Iterator[Chunk]:
-    """The whole tensor, in order."""
-    numel, size = _numel(conversion.source), CHUNK_BLOCKS * _block_elements(conversion)
-    for first in range(0, numel, size):
-        yield Chunk(conversion, first, min(size, numel - first))
+def chunks_of(readings: Iterable[Reading]) -> tuple[Chunk, ...]:
+    """All of these tensors, in order."""
+    return tuple(
+        Chunk(reading, first, min(size, _numel(reading.source) - first))
+        for reading in readings
+        for size in (CHUNK_BLOCKS * reading.block_elements,)
+        for first in range(0, _numel(reading.source), size)
+    )
 
 
-def count_workers(conversions: Sequence[Conversion], *, memory_bytes: int) -> int:
+def count_workers(readings: Sequence[Reading], *, memory_bytes: int) -> int:
     """Threads whose memory is within the limit, at most one for each core. Raises DoesNotFitError for less than one."""
-    neediest = max(conversions, key=_worker_bytes)
+    neediest = max(readings, key=_worker_bytes)
     need = _worker_bytes(neediest)
     if need > memory_bytes:
         raise DoesNotFitError(
@@ -78,8 +128,8 @@ def count_workers(conversions: Sequence[Conversion], *, memory_bytes: int) -> in
     return min(len(os.sched_getaffinity(0)), memory_bytes // need)
 
 
-Places = Mapping[str, tuple[Path, int]]
-"""Of each output: its file, and the offset of its first byte."""
+Places = Sequence[Mapping[str, tuple[Path, int]]]
+"""For each job, of each output by name: its file, and the offset of its first byte."""
 
 
 def convert(
@@ -88,7 +138,7 @@ def convert(
     *,
     workers: int,
     journal: Journal,
-    collect: Callable[[Chunk, Done], None],
+    collect: Callable[[Chunk, tuple[Done, ...]], None],
 ) -> None:
     """Do the chunks that the journal lacks; `collect` is told of each, in order, also of those that it has.
 
@@ -101,10 +151,10 @@ def convert(
     with _one_thread(), _Keeper(journal) as keeper, closing(results):
         for chunk, done in zip(left, results, strict=True):
             collect(chunk, done)
-            keeper.add(done, (places[spec.name][0] for spec in chunk.conversion.outputs))
+            keeper.add(done, (path for path, _ in _places_of(chunk, places)))
 
 
-def look_through(chunks: Sequence[Chunk], *, workers: int, collect: Callable[[Chunk, Done], None]) -> None:
+def look_through(chunks: Sequence[Chunk], *, workers: int, collect: Callable[[Chunk, tuple[Done, ...]], None]) -> None:
     """What converting the chunks would come to; nothing is written."""
     results = share_out(chunks, lambda chunk, scratch: _convert(chunk, None, scratch), workers=workers)
     with _one_thread(), closing(results):
@@ -112,62 +162,104 @@ def look_through(chunks: Sequence[Chunk], *, workers: int, collect: Callable[[Ch
             collect(chunk, done)
 
 
-def verify(done: Sequence[tuple[Chunk, Done]], places: Places, *, workers: int, count: Callable[[int], None]) -> None:
+def verify(
+    done: Sequence[tuple[Chunk, tuple[Done, ...]]], places: Places, *, workers: int, count: Callable[[int], None]
+) -> None:
     """Raises ModelFileError unless the files hold, at these places, what was encoded.
 
     `count` is told of each number of bytes that were read.
     """
 
     def checksums(chunk: Chunk, scratch: Scratch) -> tuple[int, ...]:
-        parts = zip(chunk.conversion.outputs, chunk.spans(), strict=True)
-        return tuple(_crc32(places[spec.name], *span, scratch) for spec, span in parts)
+        spans = (span for conversion in chunk.reading.conversions for span in chunk.spans(conversion))
+        return tuple(
+            _crc32(place, *span, scratch) for place, span in zip(_places_of(chunk, places), spans, strict=True)
+        )
 
     with closing(share_out((chunk for chunk, _ in done), checksums, workers=workers)) as found:
         for (chunk, kept), crc32 in zip(done, found, strict=True):
-            if crc32 != kept.crc32:
+            if crc32 != tuple(each for output in kept for each in output.crc32):
                 raise ModelFileError(
-                    f"tensor {chunk.conversion.source.spec.name!r} came back from the disk other than it was written; "
+                    f"tensor {chunk.reading.source.spec.name!r} came back from the disk other than it was written; "
                     "nothing was kept; check the disk"
                 )
-            count(sum(nbytes for _, nbytes in chunk.spans()))
+            count(sum(nbytes for each in chunk.reading.conversions for _, nbytes in chunk.spans(each)))
 
 
-def _convert(chunk: Chunk, places: Places | None, scratch: Scratch) -> Done:
-    """Without places nothing is written."""
-    conversion, spans = chunk.conversion, chunk.spans()
-    source, dtype = conversion.source, element_type(conversion.source.spec)
-    paths = [places[spec.name][0] for spec in conversion.outputs] if places else []
-    begins = [places[spec.name][1] if places else 0 for spec in conversion.outputs]
-    offsets = [begin + first for begin, (first, _) in zip(begins, spans, strict=True)]
-    crc32, sums, rows_sums = [0] * len(offsets), Statistics(), list[RowSums]()
+def _places_of(chunk: Chunk, places: Places) -> Iterator[tuple[Path, int]]:
+    """Of the outputs of each conversion, in order."""
+    for conversion, job in zip(*chunk.reading, strict=True):
+        yield from (places[job][spec.name] for spec in conversion.outputs)
+
+
+def _convert(chunk: Chunk, places: Places | None, scratch: Scratch) -> tuple[Done, ...]:
+    """What was done for each conversion. Without places nothing is written."""
+    reading = chunk.reading
+    source, dtype, size = reading.source, element_type(reading.source.spec), reading.block_elements
     with ExitStack() as files:
-        reading = files.enter_context(opened(source))
-        writing = [files.enter_context(_writable(path)) for path in paths]
-        for first in range(chunk.first, chunk.first + chunk.elements, _block_elements(conversion)):
-            elements = min(_block_elements(conversion), chunk.first + chunk.elements - first)
+        descriptor = files.enter_context(opened(source))
+        writers = [
+            _Writer(chunk, conversion, None if places is None else places[job], files)
+            for conversion, job in zip(*reading, strict=True)
+        ]
+        for first in range(chunk.first, chunk.first + chunk.elements, size):
+            elements = min(size, chunk.first + chunk.elements - first)
             block = scratch.take("block", (elements,), dtype)
-            if _read_by_column(conversion):
-                block = read_columns(reading, first // conversion.row_elements, block, source)
+            if reading.reads_columns:
+                block = read_columns(descriptor, first // reading.column_elements, block, source)
             else:
-                read_into(reading, bytes_of(block), first * dtype.itemsize, source)
-            rows = block.view(-1, conversion.row_elements) if conversion.row_elements > 1 else block
-            encoded = conversion.encoded(rows, first // conversion.row_elements, scratch)
-            if not (isinstance(encoded.statistics, RowSums) and bool(torch.isfinite(encoded.statistics.top_R).all())):
-                _check_finite(block, source, first, by_column=conversion.by_column)
-            for number, part in enumerate(encoded.parts):
-                view = bytes_of(part)
-                if writing:
-                    write_at(writing[number], view, offsets[number])
-                    crc32[number] = zlib.crc32(view, crc32[number])
-                offsets[number] += len(view)
-            if isinstance(encoded.statistics, RowSums):
-                rows_sums.append(encoded.statistics)
-            else:
-                sums.add(encoded.statistics)
-    if rows_sums:
-        sums.add(add_up(rows_sums))
-    assert offsets == [begin + sum(span) for begin, span in zip(begins, spans, strict=True)], source.spec.name
-    return Done(tuple(crc32), sums)
+                read_into(descriptor, bytes_of(block), first * dtype.itemsize, source)
+            for number, writer in enumerate(writers):
+                encoded = writer.encode(block, first, scratch)
+                if number == 0 and not _is_finite(encoded.statistics):
+                    _check_finite(block, source, first, by_column=reading.by_column)
+                writer.write(encoded)
+        return tuple(writer.done() for writer in writers)
+
+
+class _Writer:
+    """The outputs of one conversion, over a chunk."""
+
+    def __init__(
+        self, chunk: Chunk, conversion: Conversion, places: Mapping[str, tuple[Path, int]] | None, files: ExitStack
+    ) -> None:
+        spans = chunk.spans(conversion)
+        found = [places[spec.name] for spec in conversion.outputs] if places else []
+        begins = [begin for _, begin in found] if places else [0] * len(spans)
+        self._conversion = conversion
+        self._files = [files.enter_context(_writable(path)) for path, _ in found]
+        self._offsets = [begin + first for begin, (first, _) in zip(begins, spans, strict=True)]
+        self._ends = [begin + first + nbytes for begin, (first, nbytes) in zip(begins, spans, strict=True)]
+        self._crc32 = [0] * len(spans)
+        self._sums, self._rows_sums = Statistics(), list[RowSums]()
+
+    def encode(self, block: Tensor, first: int, scratch: Scratch) -> Encoded:
+        width = self._conversion.row_elements
+        rows = block.view(-1, width) if width > 1 else block
+        return self._conversion.encoded(rows, first // width, scratch)
+
+    def write(self, encoded: Encoded) -> None:
+        for number, part in enumerate(encoded.parts):
+            view = bytes_of(part)
+            if self._files:
+                write_at(self._files[number], view, self._offsets[number])
+                self._crc32[number] = zlib.crc32(view, self._crc32[number])
+            self._offsets[number] += len(view)
+        if isinstance(encoded.statistics, RowSums):
+            self._rows_sums.append(encoded.statistics)
+        else:
+            self._sums.add(encoded.statistics)
+
+    def done(self) -> Done:
+        assert self._offsets == self._ends, self._conversion.source.spec.name
+        if self._rows_sums:
+            self._sums.add(add_up(self._rows_sums))
+        return Done(tuple(self._crc32), self._sums)
+
+
+def _is_finite(statistics: Statistics | RowSums) -> bool:
+    """Whether that is known already."""
+    return isinstance(statistics, RowSums) and bool(torch.isfinite(statistics.top_R).all())
 
 
 def _crc32(place: tuple[Path, int], first: int, nbytes: int, scratch: Scratch) -> int:
@@ -215,12 +307,12 @@ class _Keeper:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._waiting: list[Done] = []
+        self._waiting: list[tuple[Done, ...]] = []
         self._paths: set[Path] = set()
         self._flushed_s = time.monotonic()
         self._entered = False
 
-    def add(self, done: Done, paths: Iterable[Path]) -> None:
+    def add(self, done: tuple[Done, ...], paths: Iterable[Path]) -> None:
         self._waiting.append(done)
         self._paths.update(paths)
         if time.monotonic() - self._flushed_s > FLUSH_S:
@@ -265,22 +357,12 @@ def _writable(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _read_by_column(conversion: Conversion) -> bool:
-    """Whether a row to encode is a column in the file."""
-    return conversion.by_column != conversion.source.transposed
-
-
 def _numel(source: StoredTensor) -> int:
     return source.spec.nbytes // element_type(source.spec).itemsize
 
 
-def _block_elements(conversion: Conversion) -> int:
-    """Whole rows."""
-    return max(1, BLOCK_ELEMENTS // conversion.row_elements) * conversion.row_elements
-
-
-def _worker_bytes(conversion: Conversion) -> int:
-    elements = min(_block_elements(conversion), _numel(conversion.source))
-    itemsize = element_type(conversion.source.spec).itemsize
-    copies = 2 if _read_by_column(conversion) else 1
-    return _READ_BACK_BYTES + elements * (copies * itemsize + conversion.work_bytes)
+def _worker_bytes(reading: Reading) -> int:
+    elements = min(reading.block_elements, _numel(reading.source))
+    itemsize = element_type(reading.source.spec).itemsize
+    copies = 2 if reading.reads_columns else 1
+    return _READ_BACK_BYTES + elements * (copies * itemsize + sum(each.work_bytes for each in reading.conversions))

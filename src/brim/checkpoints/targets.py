@@ -1,8 +1,8 @@
 """What a conversion can be asked for: formats, and which layouts hold each."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from brim.errors import UsageError
 
@@ -53,3 +53,36 @@ def checked_layout(to: Target, layout: Family | None) -> Family:
             f"{' or '.join(LAYOUTS[to])}"
         )
     return layout or LAYOUTS[to][0]
+
+
+class Wanted(NamedTuple):
+    """One output: a format, and the layout that holds it."""
+
+    to: Target
+    layout: Family | None = None
+    """None: the format's default."""
+
+    @property
+    def name(self) -> str:
+        """Of its directory, where there are several."""
+        return f"{self.to}-{checked_layout(*self)}"
+
+
+def wanted_of(targets: Sequence[Target], layouts: Sequence[Family]) -> tuple[Wanted, ...]:
+    """Each format in each of the layouts that hold it (none given: in its default).
+
+    Raises UsageError for a format that none of the layouts holds, a layout that holds none of the formats, and what is
+    named twice.
+    """
+    pairs = [Wanted(to, layout) for to in targets for layout in LAYOUTS[to] if layout in layouts]
+    idle = [layout for layout in layouts if layout not in {layout for _, layout in pairs}]
+    if not layouts:
+        pairs = [Wanted(to) for to in targets]
+    for to in targets:
+        if to not in {target for target, _ in pairs}:
+            checked_layout(to, layouts[0])
+    if idle:
+        checked_layout(targets[0], idle[0])
+    if len(set(targets)) < len(targets) or len(set(layouts)) < len(layouts):
+        raise UsageError(f"{', '.join((*targets, *layouts))} names something twice; name each format and layout once")
+    return tuple(pairs)

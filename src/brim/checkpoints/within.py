@@ -8,7 +8,7 @@ from brim.checkpoints.budget import Choice, cheapest
 from brim.checkpoints.job import Job, plan_job
 from brim.checkpoints.journal import Done
 from brim.checkpoints.mixture import KEPT, MIXED, Mixture
-from brim.checkpoints.stream import Chunk, chunks_of, count_workers, look_through
+from brim.checkpoints.stream import Chunk, chunks_of, count_workers, look_through, readings_of
 from brim.checkpoints.targets import ScaleChoice, Target
 from brim.errors import UsageError
 from brim.models.directory import StoredTensor
@@ -69,12 +69,13 @@ def _errors(job: Job, *, memory_bytes: int, told: "_Told") -> Mapping[str, float
     open_ones = [conversion for conversion in job.conversions if conversion.integers is not None]
     noise = {conversion.source.spec.name: 0.0 for conversion in open_ones}
 
-    def collect(chunk: Chunk, done: Done) -> None:
-        noise[chunk.conversion.source.spec.name] += done.statistics.noise
+    def collect(chunk: Chunk, done: tuple[Done, ...]) -> None:
+        noise[chunk.reading.source.spec.name] += done[0].statistics.noise
         told.add(chunk.source_bytes)
 
-    chunks = [chunk for conversion in open_ones for chunk in chunks_of(conversion)]
-    look_through(chunks, workers=count_workers(open_ones, memory_bytes=memory_bytes), collect=collect)
+    readings = readings_of([open_ones])
+    workers = count_workers(readings, memory_bytes=memory_bytes)
+    look_through(chunks_of(readings), workers=workers, collect=collect)
     return noise
 
 

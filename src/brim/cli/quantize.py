@@ -10,26 +10,36 @@ import typer
 from rich.table import Table
 
 from brim import units
-from brim.checkpoints.targets import TOKENS, CalibrationText, Family, ScaleChoice, Target
+from brim.checkpoints.targets import TOKENS, CalibrationText, Family, ScaleChoice, Target, Wanted, wanted_of
 from brim.cli import console, picture
 from brim.cli.options import Json
 from brim.errors import UsageError
 from brim.report import SCHEMA
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from brim.checkpoints.audit import QuantizationReport
     from brim.checkpoints.mixture import Mixture
 
 WORST = 5
+_To = Annotated[
+    list[str],
+    typer.Option(
+        metavar="FORMAT",
+        help="int8, int4, nf4, mxfp4, fp8, fp8_e5m2, q8_0, q4_0, fp32, fp16 or bf16; may be repeated.",
+    ),
+]
 _Output = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="A directory to make; default: ./MODEL-FORMAT.", show_default=False),
 ]
 _Layout = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="Whose form: plain, compressed-tensors, bitsandbytes, torchao, gguf; default: as suits FORMAT.",
+        help="Whose form: plain, compressed-tensors, bitsandbytes, torchao, gguf; default: as suits FORMAT. Several, "
+        "of formats too, are made in one pass, each in DIR/FORMAT-LAYOUT.",
         show_default=False,
     ),
 ]
@@ -92,10 +102,7 @@ _Memory = Annotated[
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, Hub id, directory or .gguf file.")],
-    to: Annotated[
-        str,
-        typer.Option(metavar="FORMAT", help="int8, int4, nf4, mxfp4, fp8, fp8_e5m2, q8_0, q4_0, fp32, fp16 or bf16."),
-    ],
+    to: _To,
     output: _Output = None,
     layout: _Layout = None,
     granularity: _Granularity = None,
@@ -113,16 +120,17 @@ def command(
     json: Json = False,
 ) -> None:
     """A smaller checkpoint: floats, INT8, INT4, MXFP4 or FP8 linear weights, or a GGUF file."""
-    from brim.checkpoints.convert import audit, quantize
     from brim.checkpoints.mixture import parse_mixture
     from brim.numerics.granularity import parse_granularity
 
-    target, family = _target(to, get_args(Target)), _family(layout, get_args(Family))
+    targets = [_target(name, get_args(Target)) for name in to]
+    wanted = wanted_of(targets, [_family(name, get_args(Family)) for name in layout or ()])
     choice = _choice("calibrated" if calibration else scales, get_args(ScaleChoice))
     text = _calibration_text(calibration, calibration_tokens)
     _check_audit(audit_only, output=output, resume=resume, calibration=calibration)
+    _check_several(wanted, calibration=calibration, plot=plot)
     picture.check(plot)
-    place = output or Path(f"{_short_name(model)}-{target}")
+    place = output or Path(f"{_short_name(model)}-{'-'.join(targets)}")
     settings: dict[str, Any] = {"scales": choice, "memory_bytes": units.parse_bytes(memory)}
     settings["granularity"] = None if granularity is None else parse_granularity(granularity)
     mixture = parse_mixture(keep=keep or (), formats=formats or ())
@@ -131,21 +139,44 @@ def command(
     if budget is not None:
         mixture = _within(budget, source, mixture, settings, unpickle=unpickle)
     with ExitStack() as bars:
-        make = partial(audit, source)
-        if not audit_only:
-            make = partial(quantize, source, place, calibration=text, resume=resume)
         if text is not None:
-            make = partial(make, calibration_progress=bars.enter_context(console.progress("calibrating")))
+            settings["calibration_progress"] = bars.enter_context(console.progress("calibrating"))
         doing = "auditing for" if audit_only else "quantizing to"
-        listen = bars.enter_context(console.progress(f"{doing} {target}", in_bytes=True))
-        report = make(to=target, layout=family, mixture=mixture, unpickle=unpickle, **settings, progress=listen)
+        settings["progress"] = bars.enter_context(console.progress(f"{doing} {', '.join(targets)}", in_bytes=True))
+        work = _work(source, None if audit_only else place, wanted, text, resume=resume)
+        reports = work(mixture=mixture, unpickle=unpickle, **settings)
     seconds = time.perf_counter() - started
-    _draw(plot, report)
+    _draw(plot, reports[0])
     if json:
-        console.print_json(_to_dict(report, model, None if audit_only else place, seconds))
+        console.print_json(_to_dict(reports, wanted, model, None if audit_only else place, seconds))
         return
-    _print(report)
-    _print_place(report, place, model, None if audit_only else seconds)
+    for report, each in zip(reports, wanted, strict=True):
+        if len(reports) > 1:
+            console.out.print(f"{each.name}:")
+        _print(report)
+        if len(reports) > 1:
+            console.out.print("")
+    _print_place(reports, wanted, place, model, None if audit_only else seconds)
+
+
+def _work(
+    source: Path, place: Path | None, wanted: tuple[Wanted, ...], text: CalibrationText | None, *, resume: bool
+) -> "Callable[..., tuple[QuantizationReport, ...]]":
+    """Takes what conversions of any number have in common."""
+    from brim.checkpoints.convert import audit_all, quantize, quantize_all
+
+    if place is None:
+        return partial(audit_all, source, wanted)
+    if len(wanted) > 1:
+        return partial(quantize_all, source, place, wanted, resume=resume)
+    (to, layout), one = wanted[0], partial(quantize, source, place, calibration=text, resume=resume)
+    return lambda **settings: (one(to=to, layout=layout, **settings),)
+
+
+def _check_several(wanted: tuple[Wanted, ...], *, calibration: Path | None, plot: Path | None) -> None:
+    if len(wanted) > 1 and (calibration or plot):
+        option = "--calibration" if calibration else "--plot"
+        raise UsageError(f"{option} is for one output, and {', '.join(each.name for each in wanted)} are asked for")
 
 
 def _prepared(model: str, place: Path | None, *, unpickle: bool) -> Path:
@@ -209,9 +240,7 @@ def _calibration_text(path: Path | None, max_tokens: int) -> CalibrationText | N
     return CalibrationText(text=text, max_tokens=max_tokens)
 
 
-def _family(text: str | None, known: tuple[Family, ...]) -> Family | None:
-    if text is None:
-        return None
+def _family(text: str, known: tuple[Family, ...]) -> Family:
     family = next((name for name in known if name == text.lower()), None)
     if family is None:
         raise UsageError(f"unknown layout {text!r}; layouts: {', '.join(known)}")
@@ -239,9 +268,19 @@ def _short_name(model: str) -> str:
     return Path(model.partition("@")[0]).expanduser().resolve().name.removesuffix(".gguf").lower()
 
 
-def _to_dict(report: "QuantizationReport", model: str, output: Path | None, seconds: float) -> dict[str, Any]:
+def _to_dict(
+    reports: "tuple[QuantizationReport, ...]",
+    wanted: tuple[Wanted, ...],
+    model: str,
+    output: Path | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """One report as it is; several by the names of their directories."""
     where = {"model": model, "output": output and str(output), "seconds": seconds}
-    return {**report.to_dict(), **where, "schema": SCHEMA}
+    if len(reports) == 1:
+        return {**reports[0].to_dict(), **where, "schema": SCHEMA}
+    outputs = {each.name: report.to_dict() for each, report in zip(wanted, reports, strict=True)}
+    return {"schema": SCHEMA, **where, "outputs": outputs}
 
 
 def _print(report: "QuantizationReport") -> None:
@@ -251,14 +290,22 @@ def _print(report: "QuantizationReport") -> None:
         console.out.print(worst)
 
 
-def _print_place(report: "QuantizationReport", place: Path, model: str, seconds: float | None) -> None:
+def _print_place(
+    reports: "tuple[QuantizationReport, ...]",
+    wanted: tuple[Wanted, ...],
+    place: Path,
+    model: str,
+    seconds: float | None,
+) -> None:
     if seconds is None:
         console.note(f"nothing was written; without --audit the model goes to {place}")
         return
     duration = units.format_duration(seconds)
     console.out.print(f"\nwritten to {place} in {duration}; every tensor: quantization_report.json", markup=False)
-    made = place / "model.gguf" if report.layout == "gguf" else place
-    console.note(f"compare: brim evaluate {made} --baseline {model}")
+    for report, each in zip(reports, wanted, strict=True):
+        made = place if len(wanted) == 1 else place / each.name
+        made = made / "model.gguf" if report.layout == "gguf" else made
+        console.note(f"compare: brim evaluate {made} --baseline {model}")
 
 
 def _sizes(report: "QuantizationReport") -> Table:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from brim.checkpoints import convert, stream
+from brim.checkpoints import convert, stream, workplace
 from brim.checkpoints.writer import write_at
 from brim.cli import main
 
@@ -212,7 +212,7 @@ def test_a_small_disk_is_refused_before_writing(
     """Where the disk lacks the room, that is said before a byte is written, with what is missing."""
     usage = shutil.disk_usage(tmp_path)._replace(free=2**10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(convert, "create", None)
+    monkeypatch.setattr(workplace, "create", None)
     line = refused([str(source), "--to", "int8", "--output", str(tmp_path / "output")], 3, capsys)
     assert "are missing" in line
 
