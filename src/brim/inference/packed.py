@@ -1,8 +1,8 @@
 """Models whose weights stay packed: as their files hold them (`StoredWeights`), or packed as they are read (`PackAll`).
 
 A linear layer stays packed where its file holds codes and scales in a form that `layers.packing` knows:
-compressed-tensors' int-quantized, pack-quantized and float-quantized, bitsandbytes' NF4 without nested scales. What the
-files hold decides, not the patterns in their config: those may be any regular expression.
+compressed-tensors' int-quantized, pack-quantized and float-quantized, bitsandbytes' INT8 and its NF4 without nested
+scales, torchao's INT8. What the files hold decides, not the patterns in their config, which may be any expression.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from brim.layers.packed_embedding import PackedEmbedding, tie
 from brim.layers.packed_linear import PackedLinear
 from brim.layers.packed_loading import loading
 from brim.layers.packed_model import fill, packed_module
-from brim.layers.packing import Fp8, Int4, Int8, Int8Words, Nf4, Packing
+from brim.layers.packing import Fp8, Int4, Int8, Int8Absmax, Int8Shifted, Int8Words, Nf4, Packing
 from brim.layers.swap import swap
 from brim.models import ModelSpec
 from brim.models.quiet import quiet_transformers
@@ -36,8 +36,9 @@ NF4_BLOCK = NUMBER_FORMATS["nf4"].block
 _GROUPS = (128, 64, 32)
 _RENAMED = {
     "weight_scale": "scale", "weight_packed": "weight", "weight.absmax": "absmax", "weight.quant_map": "code",
+    "SCB": "absmax", "_weight_qdata": "weight", "_weight_scale": "scale", "_weight_zero_point": "zero",
 }  # fmt: skip
-_SCALES = (".weight_scale", ".weight.absmax")
+_SCALES = (".weight_scale", ".weight.absmax", ".SCB", "._weight_scale")
 
 
 class StoredWeights:
@@ -180,7 +181,8 @@ def stored_packings(spec: ModelSpec) -> dict[str, Packing] | None:
     or one that stays packed in no module of ours.
     """
     tensors = {tensor.name: tensor for tensor in spec.tensors}
-    scales = {name.removesuffix("_scale").removesuffix(".absmax") for name in tensors if name.endswith(_SCALES)}
+    ends = {name: end for name in tensors for end in _SCALES if name.endswith(end)}
+    scales = {f"{name.removesuffix(end)}.weight" for name, end in ends.items()}
     if not scales:
         return None
     with torch.device("meta"), quiet_transformers():
@@ -202,6 +204,8 @@ def stored_packings(spec: ModelSpec) -> dict[str, Packing] | None:
 
 def _packing_in_file(weight: str, tensors: Mapping[str, TensorSpec], module: nn.Linear) -> Packing | None:
     rows, inputs = module.out_features, module.in_features
+    if (packing := _int8_of_others(weight.removesuffix(".weight"), tensors, rows, inputs)) is not None:
+        return packing
     scale, whole, words, absmax = (tensors.get(weight + end) for end in ("_scale", "", "_packed", ".absmax"))
     if absmax is not None and whole is not None:
         is_nf4 = f"{weight}.quant_state.bitsandbytes__nf4" in tensors and f"{weight}.nested_absmax" not in tensors
@@ -220,6 +224,23 @@ def _packing_in_file(weight: str, tensors: Mapping[str, TensorSpec], module: nn.
     if words is not None and words.shape == (rows, inputs // 4) and inputs % 4 == 0:
         return Int8Words(group_size=None if group == inputs else group)
     return None
+
+
+def _int8_of_others(name: str, tensors: Mapping[str, TensorSpec], rows: int, inputs: int) -> Packing | None:
+    """bitsandbytes' or torchao's, of the module of this name."""
+    absmax, codes = tensors.get(f"{name}.SCB"), tensors.get(f"{name}.weight")
+    if absmax is not None and codes is not None and codes.dtype == "int8":
+        return Int8Absmax() if (codes.shape, absmax.shape) == ((rows, inputs), (rows,)) else None
+    codes, scale = tensors.get(f"{name}._weight_qdata"), tensors.get(f"{name}._weight_scale")
+    if codes is None or scale is None or codes.dtype != "int8" or codes.shape != (rows, inputs):
+        return None
+    if len(scale.shape) != 2 or scale.shape[0] != rows or not scale.shape[1] or inputs % scale.shape[1]:
+        return None
+    group = None if scale.shape[1] == 1 else inputs // scale.shape[1]
+    zero = tensors.get(f"{name}._weight_zero_point")
+    if zero is None:
+        return Int8(group_size=group)
+    return Int8Shifted(group_size=group) if (zero.shape, zero.dtype) == (scale.shape, "int8") else None
 
 
 def _inputs(module: Any) -> int:

@@ -71,6 +71,8 @@ class PackedLinear(nn.Linear):
     def rearrange(self) -> None:
         """Hold the weight in the order that a kernel of this device wants, if there is one."""
         self.packing, held = rearranged(self.packing, self.held, self.out_features, self.in_features, self.compute)
+        for name in self.held.keys() - held.keys():
+            del self._buffers[name]
         self._hold(held)
 
     def make_codes_divisible(self) -> None:

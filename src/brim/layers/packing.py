@@ -191,6 +191,59 @@ class Int8Words:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Absmax:
+    """Codes of 8 bits and 127 times the scale of each output, in FP32: bitsandbytes' INT8, as files hold it."""
+
+    def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
+        return {"weight": ((rows, inputs), torch.int8), "absmax": ((rows,), torch.float32)}
+
+    def pack(self, weight_RK: Tensor) -> Tensors:
+        held = Int8().pack(weight_RK.float())
+        return {"weight": held["weight"], "absmax": held["scale"].view(-1) * 127}
+
+    def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        return _times_groups(held["weight"].to(dtype), self._scale(held, dtype))
+
+    def rearranged(self) -> Int8:
+        return Int8()
+
+    def rearrange(self, held: Tensors, dtype: torch.dtype) -> Tensors:
+        """What `rearranged` holds of it."""
+        return {"weight": held["weight"], "scale": self._scale(held, dtype)}
+
+    def _scale(self, held: Tensors, dtype: torch.dtype) -> Tensor:
+        return (held["absmax"] / 127).unsqueeze(-1).to(dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Shifted:
+    """Codes of 8 bits, a scale and a code that means 0 for each output or group: torchao's INT8, as files hold it."""
+
+    group_size: int | None
+
+    def layout(self, rows: int, inputs: int, dtype: torch.dtype) -> Layout:
+        groups = inputs // (self.group_size or inputs)
+        return {
+            "weight": ((rows, inputs), torch.int8),
+            "scale": ((rows, groups), dtype),
+            "zero": ((rows, groups), torch.int8),
+        }
+
+    def pack(self, weight_RK: Tensor) -> Tensors:
+        held = Int8(group_size=self.group_size).pack(weight_RK)
+        return {**held, "zero": torch.zeros_like(held["scale"], dtype=torch.int8)}
+
+    def unpack(self, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        zero_RS = held["zero"]
+        shifted = held["weight"].to(dtype).unflatten(-1, (zero_RS.shape[1], -1)).sub_(zero_RS[..., None])
+        return _times_groups(shifted.flatten(-2), held["scale"])
+
+    def rearranged(self, held: Tensors) -> "Int8 | Int8Shifted":
+        """The same codes without zeros, where all are 0, as of symmetric formats."""
+        return self if bool(held["zero"].any()) else Int8(group_size=self.group_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Int4Kernel:
     """`Int4` in BF16 with its codes and scales in the order of torch's CPU kernel: as many bytes of codes, and a zero
     beside each scale."""
@@ -235,6 +288,11 @@ def rearranged(packing: Packing, held: Tensors, rows: int, inputs: int, dtype: t
     """The same weight as a kernel wants it, where one wants it otherwise than files hold it."""
     if isinstance(packing, Int8Words):
         return packing.rearranged(), packing.rearrange(held)
+    if isinstance(packing, Int8Absmax):
+        return packing.rearranged(), packing.rearrange(held, dtype)
+    if isinstance(packing, Int8Shifted):
+        plain = packing.rearranged(held)
+        return plain, held if plain is packing else {name: held[name] for name in ("weight", "scale")}
     if isinstance(packing, Int4) and Int4Kernel.fits(packing, rows, inputs, dtype) and not held["weight"].is_cuda:
         kernel = Int4Kernel(group_size=packing.group_size)
         return kernel, kernel.rearrange(held)

@@ -131,10 +131,14 @@ def load(
     transformers may leave tensors in the mapped file; copying each (one at a time) makes them memory that the
     allocator knows and that training may write to.
     """
-    auto, settings = _CLASSES[task or spec.task], {} if num_labels is None else {"num_labels": num_labels}
-    if swap is not None:
-        settings["quantization_config"] = swap.loading()
+    auto = _CLASSES[task or spec.task]
+    settings: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
+        if swap is not None:
+            # What the files say of their own format is the swap's to know: transformers would read them by it.
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **settings)
+            vars(config).pop("quantization_config", None)
+            settings = {"config": config, "quantization_config": swap.loading()}
         model = auto.from_pretrained(
             directory,
             dtype=DTYPES[dtype],

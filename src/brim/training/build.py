@@ -33,6 +33,7 @@ from brim.training.packed_base import PackedBase, cast_norms
 from brim.training.packing import check_takes_positions
 from brim.training.ranks import ALONE, Ranks
 from brim.training.sharding import casts_when_gathered, shard
+from brim.training.stored_base import StoredBase, stored_base
 
 _CPU = torch.device("cpu")
 
@@ -210,12 +211,19 @@ def _transformers_name(attention: str) -> str:
     return "sdpa" if attention == "flash" else attention
 
 
+def _packer(recipe: Recipe, spec: ModelSpec, *, rehearsed: bool) -> PackedBase | StoredBase | None:
+    """What packs the base, or takes it as its files hold it."""
+    if not recipe.precision.packed:
+        return None
+    return stored_base(recipe, spec, rehearsed=rehearsed) or PackedBase(recipe)
+
+
 def base_model(
     recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, device: torch.device = _CPU
 ) -> PreTrainedModel:
     """The model in the recipe's stored format, as transformers makes it: trained or asked to write."""
     dtype, attention, task = recipe.plain_format, _transformers_name(recipe.memory.attention), recipe.task
-    swap = PackedBase(recipe) if recipe.precision.packed else None
+    swap = _packer(recipe, spec, rehearsed=weights is None)
     num_labels = recipe.num_labels if task == "sequence-classification" else None
     if recipe.library.model == "litgpt" and weights is not None:
         raise RecipeError(
