@@ -22,7 +22,7 @@ from brim.errors import BrimError
 from brim.memory.closed_form import closed_form
 from brim.memory.rough import closed_form_knows, rough
 from brim.models import ModelSpec, catalogue, describe
-from brim.planning.candidates import num_positions
+from brim.planning.constraints import num_positions
 from brim.recipe import Recipe
 from brim.rehearsal import rehearse_trace
 

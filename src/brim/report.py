@@ -225,10 +225,19 @@ class Plan:
 
     model: str
     device_name: str
+    """Of all that were offered."""
     budget_bytes: int
-    goal: Literal["fastest", "lightest"]
+    """Of the best recipe's device."""
+    goal: Literal["fastest", "lightest", "cheapest"]
     recipes: tuple[Prediction, ...]
-    """Best first: rehearsed finalists that fit, other recipes that fit by closed form, then those that do not."""
+    """Best first: rehearsed finalists that fit, other recipes that fit by closed form, then those that do not. Of many
+    only the first of those that fit and of those that do not, and the first loser of each kind."""
+    num_searched: int
+    """Recipes that were compared."""
+    num_fitting: int
+    """Of these."""
+    search_s: float = field(default=0.0, compare=False)
+    """What comparing them by closed form took."""
     derived: Mapping[str, str] = field(default_factory=dict)
     """Settings that the planner chose, each with why."""
     quick: bool = False
@@ -247,6 +256,8 @@ class Plan:
             "device": {"name": self.device_name, "memory_bytes": self.budget_bytes},
             "goal": self.goal,
             "fits": self.best is not None,
+            "searched": self.num_searched,
+            "fitting": self.num_fitting,
             "recipes": [prediction.to_dict() for prediction in self.recipes],
             "derived": dict(self.derived),
         }

@@ -19,7 +19,7 @@ from brim.memory import rough
 from brim.models import ModelSpec
 from brim.models.families import EAGER_ONLY, ENCODERS
 from brim.models.skeleton import attention_kernels, skeleton
-from brim.planning import Constraints, plan
+from brim.planning import Constraints, Offer, plan
 from brim.recipe import Memory, Precision, Recipe, Task
 from brim.rehearsal import rehearse
 from brim.report import LEDGER_LINES, Prediction
@@ -139,9 +139,8 @@ def test_a_family_without_a_closed_form_is_planned(name: str) -> None:
     spec, budget = spec_of(name), 2**23
     best = plan(
         spec,
-        _DEVICE,
-        budget_bytes=budget,
-        rehearse=lambda recipe: rehearse(spec, recipe, device=_DEVICE, budget_bytes=budget),
+        [Offer(device=_DEVICE, budget_bytes=budget)],
+        rehearse=lambda recipe, offer: rehearse(spec, recipe, device=offer.device, budget_bytes=offer.budget_bytes),
         constraints=Constraints(seq_len=32, settings=("micro_batch_size=1", "precision.weights=fp32")),
     ).best
     assert best is not None

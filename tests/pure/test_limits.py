@@ -1,12 +1,10 @@
 """How far hardware reaches, by laws that hold whatever the closed form says."""
 
-from dataclasses import replace
-
 import pytest
 
 from brim.hardware import find
 from brim.models import describe
-from brim.planning import Constraints
+from brim.planning import Constraints, Offer
 from brim.planning.estimate import estimate, upper_bound
 from brim.planning.limits import Limits, limits
 from brim.planning.search import plan
@@ -53,9 +51,9 @@ def test_the_smallest_device_holds_the_job_and_no_smaller_one_does() -> None:
     memories = [sizes[smallest[count].device_name] for count in sorted(smallest)]
     assert memories == sorted(memories, reverse=True)
     for count, prediction in smallest.items():
-        asked = replace(job, devices_per_node=count)
         chosen = next(device for device in DEVICES if device.name == prediction.device_name)
-        result = plan(spec, chosen, budget_bytes=chosen.memory_bytes, rehearse=None, constraints=asked)
+        offer = Offer(device=chosen, budget_bytes=chosen.memory_bytes, devices_per_node=count)
+        result = plan(spec, [offer], rehearse=None, constraints=job)
         assert result.best is not None
         smaller = [device for device in DEVICES if device.memory_bytes < chosen.memory_bytes]
         recipe = Recipe.from_dict(prediction.recipe)

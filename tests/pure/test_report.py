@@ -82,7 +82,10 @@ def test_plan_is_as_good_as_its_first_recipe() -> None:
     """A plan's best is its first recipe if that fits by rehearsal; no recipes, no best."""
 
     def plan(*recipes: Prediction) -> Plan:
-        return Plan(model="m", device_name="cpu", budget_bytes=100, goal="fastest", recipes=recipes)
+        return Plan(
+            model="m", device_name="cpu", budget_bytes=100, goal="fastest", recipes=recipes,
+            num_searched=len(recipes), num_fitting=sum(p.fits for p in recipes),
+        )  # fmt: skip
 
     fitting, too_large = prediction(), prediction(peak=101)
     assert plan(fitting, too_large).best is fitting

@@ -4,18 +4,19 @@ from brim.cli import console
 from brim.hardware import Device, find
 from brim.hardware.catalogue import MODELLED_VENDORS, accelerators
 from brim.models import ModelSpec
-from brim.planning.candidates import Constraints
+from brim.planning import Constraints, Offer
 from brim.planning.limits import Limits, limits
-from brim.planning.search import summary
+from brim.planning.ways_out import summary
 from brim.report import Prediction
 from brim.units import format_bytes
 
 
-def of(spec: ModelSpec, device: Device, constraints: Constraints, budget_bytes: int) -> Limits:
+def of(spec: ModelSpec, offer: Offer, constraints: Constraints) -> Limits:
     """The smallest of all devices that the catalogue knows, and that compute in BF16."""
     rows = (row for row in accelerators().values() if row.vendor in MODELLED_VENDORS and "bf16" in row.peak_flops)
     devices = [find(row.name) for row in rows]
-    return limits(spec, device, constraints, budget_bytes=budget_bytes, devices=devices)
+    asked = constraints.on(offer.device, devices_per_node=offer.devices_per_node, nodes=offer.nodes)
+    return limits(spec, offer.device, asked, budget_bytes=offer.budget_bytes, devices=devices)
 
 
 def show(found: Limits, device: Device) -> None:

@@ -33,6 +33,9 @@ Sharding = Annotated[
     str | None, typer.Option(help="ddp, zero1, zero2, zero3 or hsdp; of several devices zero3, unless the recipe says.")
 ]
 Tensor = Annotated[int | None, typer.Option(min=1, help="Devices that share each matrix.")]
+Tokens = Annotated[
+    str | None, typer.Option(help="Hours, price and energy of a run over so many, as 1B.", show_default=False)
+]
 Anew = Annotated[bool, typer.Option("--no-cache", help="Rehearse anew what was answered before.")]
 PackedFormat = Annotated[
     str | None, typer.Option("--format", help="Pack the weights as they are read: int8, w8a8, int4 or nf4.")

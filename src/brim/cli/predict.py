@@ -8,17 +8,16 @@ import typer
 from rich.table import Table
 
 from brim import units
-from brim.cli import advice, console, modules, options, picture
+from brim.cli import advice, console, costs, modules, options, picture
 from brim.cli.answered import rehearsed
 from brim.errors import UsageError
 from brim.hardware import Device
-from brim.hardware.catalogue import lookup
 from brim.memory.bands import DEFAULT_RISK
 from brim.models import ModelSpec
 from brim.recipe import Recipe, Writing
 from brim.report import Advice, ModuleRow, Prediction
 from brim.speed.bands import CPU_ROOFLINE
-from brim.speed.cost import Cost, cost
+from brim.speed.cost import Cost
 
 if TYPE_CHECKING:
     from brim.memory.trace import Trace
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
 Inference = Annotated[
     bool, typer.Option("--inference", help="Of reading --batch rows of --context tokens and writing on.")
-]
-Tokens = Annotated[
-    str | None, typer.Option(help="Hours, price and energy of a run over so many, as 1B.", show_default=False)
 ]
 Snapshot = Annotated[
     Path | None, typer.Option(metavar="FILE.pickle", help="Write what PyTorch's memory_viz page opens.")
@@ -55,7 +51,7 @@ def command(
     inference: Inference = False,
     new_tokens: Annotated[int, typer.Option(min=1, help="With --inference: tokens written after each row.")] = 128,
     quick: Annotated[bool, typer.Option("--quick", help="Closed form instead of a rehearsal: no torch.")] = False,
-    tokens: Tokens = None,
+    tokens: options.Tokens = None,
     plot: picture.Plot = None,
     snapshot: Snapshot = None,
     asked: Asked = False,
@@ -88,7 +84,7 @@ def command(
     if not quick and (plot is not None or snapshot is not None):
         trace = _trace(spec, recipe, found, snapshot, new_tokens=written)
     _draw(plot, prediction, trace, budget_bytes=None if cap is None else prediction.budget_bytes)
-    taken = None if num_tokens is None else _cost(spec, recipe, found, prediction, num_tokens)
+    taken = None if num_tokens is None else costs.of(spec, recipe, found, prediction, num_tokens)
     is_advised = asked or not (prediction.fits or inference)
     given = advice.of(spec, recipe, prediction, found, risk, is_short=not asked, anew=anew) if is_advised else None
     rows = _by_module(spec, recipe, found) if by_module else None
@@ -109,7 +105,7 @@ def _print(
 ) -> None:
     show(prediction)
     if taken is not None:
-        console.out.print(_cost_line(taken), markup=False, soft_wrap=True)
+        costs.show(taken)
     if rows is not None:
         modules.show(rows)
     if given is not None:
@@ -129,10 +125,10 @@ def _check(*, quick: bool, inference: bool, snapshot: Path | None, asked: bool, 
 def _print_json(
     prediction: Prediction, taken: Cost | None, given: Sequence[Advice] | None, rows: Sequence[ModuleRow] | None
 ) -> None:
-    costs = {} if taken is None else {"cost": taken.to_dict()}
+    taking = {} if taken is None else {"cost": taken.to_dict()}
     advised = {} if given is None else {"advice": [one.to_dict() for one in given]}
     held = {} if rows is None else {"modules": [row.to_dict() for row in rows]}
-    console.print_json(prediction.to_dict() | costs | held | advised)
+    console.print_json(prediction.to_dict() | taking | held | advised)
 
 
 def _by_module(spec: ModelSpec, recipe: Recipe, device: Device) -> tuple[ModuleRow, ...]:
@@ -149,27 +145,6 @@ def _draw(path: Path | None, prediction: Prediction, trace: "Trace | None", *, b
         budget_bytes=budget_bytes,
         trace=trace,
     )
-
-
-def _cost(spec: ModelSpec, recipe: Recipe, device: Device, prediction: Prediction, tokens: int) -> Cost:
-    return cost(
-        spec,
-        recipe,
-        device,
-        tokens=tokens,
-        step_time_s=prediction.step_time_s,
-        step_time_range_s=prediction.step_time_range_s,
-        row=lookup(device.name),
-    )
-
-
-def _cost_line(taken: Cost) -> str:
-    hours = f"{units.format_count(taken.tokens)} tokens: {units.format_duration(3600 * taken.hours)}"
-    if taken.hours_range is not None:
-        hours += " ({} to {})".format(*(units.format_duration(3600 * end) for end in taken.hours_range))
-    price = "price not known" if taken.price_usd is None else f"${taken.price_usd:,.2f}"
-    energy = "" if taken.energy_kwh is None else f", {taken.energy_kwh:,.1f} kWh at the power limit"
-    return f"{hours}, {price}{energy}; {taken.utilization:.0%} of the peak used"
 
 
 def _estimated(spec: ModelSpec, recipe: Recipe, device: Device, budget_bytes: int) -> Prediction:

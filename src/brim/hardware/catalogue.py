@@ -114,6 +114,7 @@ def _device(row: Accelerator) -> Device:
         vendor=row.vendor,
         compute_capability=row.compute_capability,
         context_bytes=row.context_bytes,
+        lacks=frozenset(name for name in ("bf16", "fp16") if name not in peak),
         link_bytes_per_s=row.link_bytes_per_s or 0.0,
     )
 

@@ -34,6 +34,8 @@ class Device:
     """`9.0`; AMD's own names (`gfx942`); empty for a processor."""
     context_bytes: int | None = None
     """CUDA context, where it was measured on such a device."""
+    lacks: frozenset[MatmulFormat] = frozenset()
+    """Formats that it does not compute in."""
     link_bytes_per_s: float = 0.0
     """One direction, to the other devices of its machine; 0: not known."""
     operators: OperatorRates | None = None

@@ -8,6 +8,7 @@ Ignored: rotary tables, buffers, scalars, padding masks, and temporaries inside 
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from brim.memory import kept
 from brim.memory.anatomy import Block, Stack, anatomy
@@ -34,16 +35,8 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Ledger:
 
 def moments(spec: ModelSpec, recipe: Recipe) -> dict[str, Ledger]:
     """Name -> ledger of each moment that can be the peak."""
-    step = _Step(spec=spec, recipe=recipe, terms=kept.terms(anatomy(spec), recipe))
-    named = {"loss": step.at_loss(), "head": step.at_head(), "step": step.at_optimizer()}
-    for stack in step.terms.parts.stacks:
-        named[f"last block, {stack.row}"] = step.at_last_block(stack)
-        named[f"first block, {stack.row}"] = step.at_first_block(stack)
-    if step.terms.mixed:
-        named["forward"] = step.at_end_of_forward()
-    if step.terms.trains_base:
-        named["embedding"] = step.at_embedding()
-    return named
+    step = step_of(spec, recipe)
+    return {name: step.ledger(moment) for name, moment in [*step.flowing().items(), ("step", step.at_optimizer())]}
 
 
 def tokens_of_chunk(vocab_size: int) -> int:
@@ -51,56 +44,81 @@ def tokens_of_chunk(vocab_size: int) -> int:
     return max(16, 32 * 2**20 // (FP32 * vocab_size))
 
 
+class Moment(NamedTuple):
+    """What exists at a moment of a step, beside what lives from step to step."""
+
+    activations: int = 0
+    loss: int = 0
+    gradients: int = 0
+    workspace: int = 0
+
+
+def step_of(spec: ModelSpec, recipe: Recipe) -> "Step":
+    return Step(spec=spec, recipe=recipe, terms=kept.terms(anatomy(spec), recipe))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
+class Step:
+    """One function for each moment, and for each line of what lives from step to step."""
+
     spec: ModelSpec
     recipe: Recipe
     terms: Terms
 
-    def at_end_of_forward(self) -> Ledger:
+    def flowing(self) -> dict[str, Moment]:
+        """Of forward and backward. The optimizer, its masters, offload and accumulation decide none of it."""
+        named = {"loss": self.at_loss(), "head": self.at_head()}
+        for stack in self.terms.parts.stacks:
+            named[f"last block, {stack.row}"] = self.at_last_block(stack)
+            named[f"first block, {stack.row}"] = self.at_first_block(stack)
+        if self.terms.mixed:
+            named["forward"] = self.at_end_of_forward()
+        if self.terms.trains_base:
+            named["embedding"] = self.at_embedding()
+        return named
+
+    def at_end_of_forward(self) -> Moment:
         """Autocast keeps its BF16 copy of every trained weight until forward ends, checkpointed or not."""
         t = self.terms
         cached = 0
         if self.checkpointed:
             cached = sum(stack.num_blocks * self._trained_casts(stack.block) for stack in t.parts.stacks)
-        return self.ledger(
+        return Moment(
             activations=self.block_activations + self.outside_blocks + cached,
             loss=self.chunk_bytes if self.chunked else 2 * FP32 * self.logits + self.head_cast + self.capped_logits,
             gradients=self.gradient_beside_chunk,
         )
 
-    def at_loss(self) -> Ledger:
+    def at_loss(self) -> Moment:
         """Everything kept, and the softmax's backward: log-probabilities and two gradients, all FP32.
 
         12 bytes a logit (memory of a fused loss: 4); chunked, of one chunk's logits.
         """
         loss = self.chunk_bytes if self.chunked else 3 * FP32 * self.logits + self.head_cast + self.capped_logits
-        return self.ledger(
+        return Moment(
             activations=self.block_activations + self.outside_blocks, loss=loss, gradients=self.gradient_beside_chunk
         )
 
-    def at_head(self) -> Ledger:
+    def at_head(self) -> Moment:
         """The head's backward: its logits' gradient makes the gradients of its weight and of its input."""
         hidden = self.terms.compute_bytes * self.tokens * self.terms.parts.hidden_size
         logits = 0 if self.chunked else self.terms.compute_bytes * self.logits + self.head_cast
-        return self.ledger(
+        return Moment(
             activations=self.block_activations + self.outside_blocks + hidden,
             loss=logits,
             gradients=self.head_gradient,
         )
 
-    def at_last_block(self, stack: Stack) -> Ledger:
+    def at_last_block(self, stack: Stack) -> Moment:
         """Backward of the stack's last block begins; under checkpointing it has just been recomputed."""
         earlier = [other for other in self.terms.parts.stacks if other.row == "source" or other is stack]
         activations = sum(self.stack_activations(other) + self.biases(other) for other in earlier)
         gradients = self.head_gradient
         if stack.row == "source":
             gradients += sum(self.block_gradients(s) for s in self.terms.parts.stacks if s.row == "target")
-        return self.ledger(
-            activations=activations + self.recomputed(stack) + self.transient(stack), gradients=gradients
-        )
+        return Moment(activations=activations + self.recomputed(stack) + self.transient(stack), gradients=gradients)
 
-    def at_first_block(self, stack: Stack) -> Ledger:
+    def at_first_block(self, stack: Stack) -> Moment:
         """Backward of the stack's first block: its activations, and the gradients of all blocks behind it."""
         first = self.recomputed(stack) or kept.block_bytes(stack.block, self.length(stack), self.terms)
         others = [s for s in self.terms.parts.stacks if s.row == "source" and s is not stack]
@@ -108,12 +126,12 @@ class _Step:
         gradients = self.head_gradient + self.block_gradients(stack)
         if stack.row == "source":
             gradients += sum(self.block_gradients(s) for s in self.terms.parts.stacks if s.row == "target")
-        return self.ledger(
+        return Moment(
             activations=first + self.transient(stack) + behind + self.biases(stack),
             gradients=gradients,
         )
 
-    def at_embedding(self) -> Ledger:
+    def at_embedding(self) -> Moment:
         """The last gradient. A tied head's was waiting for it: both, and their sum, exist at once.
 
         Under autocast the head's is not kept by anyone else and the embedding's is added to it in place; so it is
@@ -125,9 +143,9 @@ class _Step:
         flowing = FP32 * self.tokens * t.parts.hidden_size if in_place else 0
         if t.parts.tied_head:
             gradients += (1 if in_place else 2) * t.weight_bytes * t.parts.embedding_parameters
-        return self.ledger(activations=flowing, gradients=gradients)
+        return Moment(activations=flowing, gradients=gradients)
 
-    def at_optimizer(self) -> Ledger:
+    def at_optimizer(self) -> Moment:
         """All gradients, and the optimizer's temporaries for one parameter (the largest comes first).
 
         Over FP32 masters, also that parameter's FP32 gradient.
@@ -137,26 +155,29 @@ class _Step:
         if self.has_master:
             workspace += FP32 * self.largest_trained
         gradients = self.trainable * self.terms.weight_bytes + self.scale_bytes
-        return self.ledger(gradients=gradients, workspace=workspace)
+        return Moment(gradients=gradients, workspace=workspace)
 
-    def ledger(self, *, activations: int = 0, loss: int = 0, gradients: int = 0, workspace: int = 0) -> Ledger:
-        """A moment: what lives from step to step, and what is given.
-
-        While micro-batches accumulate, all gradients of the earlier ones are alive at every moment, beside those
-        that the present one has just made for the tensors it is at (at most a table: taken as none).
-        """
-        if self.recipe.grad_accumulation > 1:
-            gradients = max(gradients, self.trainable * self.terms.weight_bytes)
-        elif self.recipe.optimizer.in_backward:
-            gradients = min(gradients, self.largest_gradients)
+    def ledger(self, moment: Moment) -> Ledger:
+        """A moment, and what lives from step to step."""
+        least, most = self.gradient_range
         return Ledger(
             weights=self.weights,
             optimizer=self.optimizer_states,
-            activations=activations,
-            loss=loss,
-            gradients=gradients,
-            workspace=workspace + self.batch_bytes,
+            activations=moment.activations,
+            loss=moment.loss,
+            gradients=min(max(moment.gradients, least), most),
+            workspace=moment.workspace + self.batch_bytes,
         )
+
+    @property
+    def gradient_range(self) -> tuple[int, int]:
+        """Bytes of gradients, at least and at most, that are alive at every moment.
+
+        While micro-batches accumulate, all of the earlier ones, beside those that the present one has just made for
+        the tensors it is at (at most a table: taken as none). Stepped in backward: the largest that wait.
+        """
+        most = self.largest_gradients if self.recipe.optimizer.in_backward else 2**62
+        return (self.trainable * self.terms.weight_bytes if self.recipe.grad_accumulation > 1 else 0), most
 
     @property
     def largest_gradients(self) -> int:

@@ -121,7 +121,8 @@ class _Parts:
 
     @property
     def _tokens(self) -> int:
-        return self.recipe.tokens_per_step // self.recipe.grad_accumulation
+        """Of a device's micro-batch."""
+        return self.recipe.tokens_per_step // self.recipe.rows_per_step * self.recipe.micro_batch_size
 
     @property
     def block(self) -> int:

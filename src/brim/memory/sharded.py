@@ -62,14 +62,14 @@ def divided(alone: Ledger, spec: ModelSpec, recipe: Recipe) -> Ledger:
 
 def sharded_moments(spec: ModelSpec, recipe: Recipe) -> dict[str, Ledger]:
     """Name -> ledger of each moment of one rank that can be the peak."""
-    alone = _alone(recipe)
+    alone = alone_of(recipe)
     terms = kept.terms(anatomy(spec), alone)
-    step = _Sharded(spec=spec, recipe=recipe, terms=terms)
+    step = Sharded(spec=spec, recipe=recipe, terms=terms)
     named = {name: step.at(name, ledger) for name, ledger in moments(spec, alone).items()}
     return {"start": step.at_start(), **named}
 
 
-def _alone(recipe: Recipe) -> Recipe:
+def alone_of(recipe: Recipe) -> Recipe:
     """One device's recipe of the same activations: gathered weights are in the format that matmuls run in."""
     precision = recipe.precision
     if precision.weights == "fp32" and precision.compute == "bf16":
@@ -78,7 +78,7 @@ def _alone(recipe: Recipe) -> Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sharded:
+class Sharded:
     spec: ModelSpec
     recipe: Recipe
     terms: Terms
@@ -94,6 +94,17 @@ class _Sharded:
         """A moment of one device's step, on a rank of many."""
         if name == "step":
             return self.ledger(gradients=self.divided(self.trained), workspace=alone.workspace // self.ranks)
+        gradients, gathered = self.beside(name)
+        return self.ledger(
+            activations=alone.activations,
+            loss=alone.loss,
+            gradients=gradients,
+            gathered=gathered,
+            workspace=alone.workspace,
+        )
+
+    def beside(self, name: str) -> tuple[int, int]:
+        """Gradients, and what is gathered, beside a moment's activations; the same whatever their number of rows."""
         gradients, gathered = 0, self.gathered(name)
         if self.recipe.grad_accumulation > 1:
             gradients = self.divided(self.trained)
@@ -106,13 +117,7 @@ class _Sharded:
             gathered = max(gathered, self.stored_bytes * self.rest)  # freed before the gradients' copy is made
         if self.terms.trains_base and name not in ("loss", "forward"):
             gradients += self.rest_gradients(both=name == "embedding")
-        return self.ledger(
-            activations=alone.activations,
-            loss=alone.loss,
-            gradients=gradients,
-            gathered=gathered,
-            workspace=alone.workspace,
-        )
+        return gradients, gathered
 
     def ledger(
         self, *, activations: int = 0, loss: int = 0, gradients: int = 0, gathered: int = 0, workspace: int = 0

@@ -1,18 +1,26 @@
 """The recipes that a plan considers, under the user's constraints."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
 
 from brim.errors import RecipeError, UsageError
+from brim.memory.bands import DEFAULT_RISK
+from brim.memory.tensor import can_divide
 from brim.models.spec import ModelSpec
+from brim.planning.constraints import Constraints, check, check_base, num_positions, value_of
+from brim.planning.estimate import closed_form_band, published_band
+from brim.planning.offers import Offer
+from brim.planning.ranking import Candidate, Kind
+from brim.planning.sweep import Batch, Sweep, with_batch
 from brim.recipe import Memory, Recipe
 
 Settings = Mapping[str, Any]
 """Recipe keys, dotted, and their values."""
 
-_LARGEST_MICRO_BATCH = 32
+_SIZES = sorted({factor * 2**power for factor in (1, 3) for power in range(8) if factor * 2**power <= 128})
+"""Rows of a micro-batch where no global batch says what divides it: memory is filled to within a third."""
 _DEFAULT_SEQ_LEN = 1024
 
 _PRECISIONS: tuple[Settings, ...] = (
@@ -22,59 +30,76 @@ _PRECISIONS: tuple[Settings, ...] = (
     {"precision.weights": "bf16", "precision.compute": "bf16", "precision.master": "none"},
     {"precision.weights": "int8", "precision.compute": "bf16", "precision.master": "fp32"},
     {"precision.weights": "int8", "precision.compute": "bf16", "precision.master": "none"},
+    {"precision.weights": "int4", "precision.compute": "bf16", "precision.master": "fp32"},
     {"precision.weights": "nf4", "precision.compute": "fp32", "precision.master": "none"},
     {"precision.weights": "nf4", "precision.compute": "bf16", "precision.master": "fp32"},
     {"precision.weights": "nf4", "precision.compute": "bf16", "precision.master": "none"},
 )
 _METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
-_CHECKPOINTING: tuple[Settings, ...] = tuple({"memory.activation_checkpointing": kind} for kind in ("none", "full"))
-_OPTIMIZERS: tuple[Settings, ...] = tuple({"optimizer.name": name} for name in ("adamw", "adamw8bit"))
+_CHECKPOINTING: tuple[Settings, ...] = tuple(
+    {"memory.activation_checkpointing": kind} for kind in ("none", "selective", "full")
+)
+_OPTIMIZERS: tuple[Settings, ...] = tuple(
+    {"optimizer.name": name} for name in ("adamw", "adamw8bit", "adafactor", "lion")
+)
+"""Not sgd: its learning rate is no neighbour of the others'."""
+_STEPPING: tuple[Settings, ...] = (
+    {"optimizer.in_backward": False},
+    {"optimizer.in_backward": True, "optimizer.max_grad_norm": 0.0},
+)
 _LOSS: tuple[Settings, ...] = tuple({"memory.loss": kind} for kind in ("full", "chunked"))
 _SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "hsdp")
-_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4, "qat": 2e-5}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Constraints:
-    """What the user has decided; the planner decides the rest."""
-
-    method: Literal["auto", "full", "lora", "qlora", "qat"] = "auto"
-    seq_len: int | None = None
-    """None: 1024, or as many as the model knows positions if that is less."""
-    global_batch_size: int | None = None
-    """Rows of an optimizer step, in micro-batches that divide it; None: one micro-batch of any size is a step."""
-    devices_per_node: int = 1
-    nodes: int = 1
-    may_offload: bool = False
-    """Whether the device has a host with memory of its own."""
-    settings: tuple[str, ...] = ()
-    """`key=value` of any recipe key, as for `Recipe.with_settings`."""
-
-    @property
-    def pinned(self) -> frozenset[str]:
-        """Keys that the settings decide."""
-        return frozenset(setting.partition("=")[0].strip() for setting in self.settings)
+_LEARNING_RATES = {"adamw": 2e-5, "adamw8bit": 2e-5, "adafactor": 1e-3, "lion": 5e-6}
+"""For whole models: usual starting points. Adafactor's is relative to a weight's size."""
+_ADAPTERS_RATE = 2e-4
 
 
 def candidates(spec: ModelSpec, constraints: Constraints) -> list[Recipe]:
-    """Every different recipe to consider, in a fixed order.
+    """Every different recipe to consider, in a fixed order: each kind with each of its batches."""
+    return [with_batch(kind, batch) for kind, batches in kinds(spec, constraints) for batch in batches]
+
+
+def kinds(spec: ModelSpec, constraints: Constraints) -> list[tuple[Recipe, tuple[Batch, ...]]]:
+    """Every different recipe to consider but for its rows, in a fixed order, and the batches that it may have.
 
     Raises RecipeError or UsageError when the constraints contradict each other or leave nothing that can run.
     """
-    _check(constraints)
+    check(constraints)
     base = base_recipe(spec, constraints)
-    found: dict[Recipe, None] = {}
-    refusal: RecipeError | None = None
-    for settings in _combinations(base, constraints):
+    check_base(spec, base, constraints)
+    found: dict[Recipe, tuple[Batch, ...]] = {}
+    refusal: UsageError | None = None
+    for settings in _combinations(spec, base, constraints):
         try:
             recipe = base.with_values(settings)
-        except RecipeError as error:
+            batches = batches_of(recipe, constraints)
+        except UsageError as error:
             refusal = refusal or error
         else:
-            found[recipe] = None
+            if batches:
+                found[recipe] = batches
     if not found:
         raise refusal or UsageError("no recipe meets these constraints; pin fewer keys")
-    return list(found)
+    return list(found.items())
+
+
+def candidates_of(
+    spec: ModelSpec, offer: Offer, constraints: Constraints, *, risk: float = DEFAULT_RISK, first_place: int = 0
+) -> list[Candidate]:
+    """The same on an offer, each with its peak and speed by closed form."""
+    sweep, found = Sweep(spec, offer.device), list[Candidate]()
+    place = first_place
+    for recipe, batches in kinds(spec, constraints):
+        published = published_band(spec, recipe, offer.device, risk)
+        (low, high), (least, most) = closed_form_band(spec, recipe), published
+        band = ((1 + low) * (1 + least) - 1, (1 + high) * (1 + most) - 1)
+        kind = Kind(recipe=recipe, offer=offer, band=band, published=published)
+        tokens = replace(recipe, micro_batch_size=1, grad_accumulation=1).tokens_per_step
+        for batch, (peak_bytes, seconds) in zip(batches, sweep.numbers(recipe, batches), strict=True):
+            speed = tokens * batch[0] * batch[1] / seconds
+            found.append(Candidate(place, kind, batch, peak_bytes, speed))
+            place += 1
+    return found
 
 
 def base_recipe(spec: ModelSpec, constraints: Constraints) -> Recipe:
@@ -89,7 +114,7 @@ def base_recipe(spec: ModelSpec, constraints: Constraints) -> Recipe:
     )
     refusal: RecipeError | None = None
     methods = _METHODS if constraints.method == "auto" else (constraints.method,)
-    for method, precision in product(methods, reversed(_PRECISIONS)):
+    for method, precision in product(methods, reversed(_precisions(constraints))):
         # A pinned format may contradict one row and go with another.
         row = [f"method={method}", *(f"{key}={value}" for key, value in precision.items())]
         try:
@@ -108,11 +133,6 @@ def _spread(constraints: Constraints) -> list[str]:
     return [*counts, "parallel.sharding=zero3"]
 
 
-def num_positions(spec: ModelSpec) -> int | None:
-    """Positions that the model was made for, if its config says."""
-    return spec.first("max_position_embeddings", "n_positions", default=0) or None
-
-
 def derived(spec: ModelSpec, constraints: Constraints) -> dict[str, str]:
     """Settings that the planner fills in without searching, each with why."""
     recipe, reasons = base_recipe(spec, constraints), {}
@@ -122,66 +142,79 @@ def derived(spec: ModelSpec, constraints: Constraints) -> dict[str, str]:
         reasons["seq_len"] = f"{recipe.seq_len}: {limit}; --seq-len changes it"
     if spec.attention == "eager" and "memory.attention" not in constraints.pinned:
         reasons["memory.attention"] = f"eager: transformers has no other for the family {spec.model_type}"
+    if constraints.lacks:
+        formats = "FP32" if {"bf16", "fp16"} <= constraints.lacks else "FP16 (its loss scaled) or FP32"
+        reasons["precision"] = f"{formats}: {constraints.device_name} does not compute in BF16"
     if constraints.global_batch_size is None and "grad_accumulation" not in constraints.pinned:
         reasons["grad_accumulation"] = "1: no --global-batch-size was asked for, so each micro-batch is a step"
     if "optimizer.learning_rate" not in constraints.pinned:
-        reasons["optimizer.learning_rate"] = "2e-5 for full fine-tuning, 2e-4 for adapters: usual starting points"
+        reasons["optimizer.learning_rate"] = (
+            "2e-5 for whole models (lion 5e-6, adafactor 1e-3), 2e-4 for adapters: usual starting points"
+        )
     return reasons
 
 
-def _check(constraints: Constraints) -> None:
-    both = {"method": constraints.method != "auto", "seq_len": constraints.seq_len is not None}
-    for key, given in both.items():
-        if given and key in constraints.pinned:
-            raise UsageError(f"--{key.replace('_', '-')} and --set {key}=... both decide {key}; give one of them")
-    if constraints.global_batch_size is not None and constraints.global_batch_size < 1:
-        raise UsageError(f"--global-batch-size {constraints.global_batch_size} is out of range; the least is 1")
-
-
-def _combinations(base: Recipe, constraints: Constraints) -> Iterator[dict[str, Any]]:
+def _combinations(spec: ModelSpec, base: Recipe, constraints: Constraints) -> Iterator[dict[str, Any]]:
     """Settings of each candidate. A pinned key is not varied: a row that says otherwise is left out."""
     axes = (
         _methods(base, constraints),
-        _PRECISIONS,
-        _batches(base, constraints),
+        _precisions(constraints),
         _CHECKPOINTING,
         _LOSS,
         _OPTIMIZERS,
+        _STEPPING,
         _offloads(constraints),
-        _shardings(base),
+        _spreads(spec, base),
     )
     open_axes = [_allowed(rows, base, constraints.pinned) for rows in axes]
     for rows in product(*open_axes):
         settings = {key: value for row in rows for key, value in row.items()}
         method = settings.get("method", base.method)
-        # Frozen FP32 weights under autocast keep a BF16 copy of each: more memory than either format alone.
-        if (
-            method == "lora"
-            and _is_mixed(settings)
-            and not {"precision.weights", "precision.compute"} & constraints.pinned
-        ):
-            continue
-        # Adapters have few states: nothing to gain by rounding or moving them.
-        if method != "full" and (
-            settings.get("optimizer.name") == "adamw8bit" or settings.get("memory.offload") == "optimizer"
-        ):
-            continue
-        # What crosses the link costs more than making it again: blocks' inputs go first, and weights after them.
-        if (
-            settings.get("memory.offload") in ("activations", "all")
-            and settings.get("memory.activation_checkpointing") == "none"
-        ):
+        if _is_idle(settings, method, constraints.pinned):
             continue
         if "optimizer.learning_rate" not in constraints.pinned:
-            settings["optimizer.learning_rate"] = _LEARNING_RATES.get(method, base.optimizer.learning_rate)
+            name = settings.get("optimizer.name", base.optimizer.name)
+            adapts = method in ("lora", "qlora")
+            settings["optimizer.learning_rate"] = _ADAPTERS_RATE if adapts else _LEARNING_RATES.get(name, 2e-5)
         yield settings
 
 
-def _shardings(base: Recipe) -> tuple[Settings, ...]:
+def _is_idle(settings: Settings, method: str, pinned: frozenset[str]) -> bool:
+    """Whether a combination can gain nothing over another."""
+    offload, steps_in_backward = settings.get("memory.offload"), settings.get("optimizer.in_backward")
+    is_adamw = settings.get("optimizer.name", "adamw") == "adamw"
+    # What crosses the link costs more than making it again: blocks' inputs go first, and weights after them.
+    if offload in ("activations", "all") and settings.get("memory.activation_checkpointing") == "none":
+        return True
+    if method == "full":
+        # the states that are worth offloading are AdamW's: others have few, and in backward all are stepped one by one
+        return offload in ("optimizer", "all") and not (is_adamw and not steps_in_backward)
+    # Frozen FP32 weights under autocast keep a 16-bit copy of each: more memory than either format alone.
+    mixed = method == "lora" and _is_mixed(settings) and not {"precision.weights", "precision.compute"} & pinned
+    # Adapters have few states and gradients: nothing to gain by rounding, moving or freeing them.
+    return mixed or not is_adamw or offload == "optimizer" or bool(steps_in_backward)
+
+
+def _precisions(constraints: Constraints) -> tuple[Settings, ...]:
+    """In formats that the device computes in: FP16 for BF16, or FP32 alone."""
+    rows = _PRECISIONS
+    if "bf16" in constraints.lacks:
+        rows = tuple({key: "fp16" if value == "bf16" else value for key, value in row.items()} for row in rows)
+    return tuple(row for row in rows if not constraints.lacks & set(row.values()))
+
+
+def _spreads(spec: ModelSpec, base: Recipe) -> tuple[Settings, ...]:
     """What several devices may divide; each candidate's own rules refuse what does not go with it."""
-    if base.parallel.data_ranks == 1:
+    parallel = base.parallel
+    if parallel.devices == 1:
         return ({},)
-    return tuple({"parallel.sharding": kind} for kind in _SHARDINGS)
+    widths = {parallel.tensor, *(2**power for power in range(parallel.devices_per_node.bit_length()))}
+    rows = []
+    for width in sorted(widths):
+        if parallel.devices_per_node % width == 0 and can_divide(spec, width):
+            shardings = _SHARDINGS if parallel.devices > width else ("none",)
+            rows += [{"parallel.tensor": width, "parallel.sharding": kind} for kind in shardings]
+    return tuple(rows)
 
 
 def _offloads(constraints: Constraints) -> tuple[Settings, ...]:
@@ -190,21 +223,13 @@ def _offloads(constraints: Constraints) -> tuple[Settings, ...]:
 
 
 def _is_mixed(settings: Settings) -> bool:
-    return (settings.get("precision.weights"), settings.get("precision.compute")) == ("fp32", "bf16")
+    return settings.get("precision.weights") == "fp32" and settings.get("precision.compute") in ("bf16", "fp16")
 
 
 def _allowed(rows: tuple[Settings, ...], base: Recipe, pinned: frozenset[str]) -> list[dict[str, Any]]:
     """Rows that agree with the pinned keys, without them; if none agrees, every row with them overruled."""
     agreeing = [row for row in rows if all(value_of(base, key) == row[key] for key in row.keys() & pinned)]
     return [{key: value for key, value in row.items() if key not in pinned} for row in agreeing or rows]
-
-
-def value_of(recipe: Recipe, key: str) -> Any:
-    """What a recipe holds under a dotted key."""
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _methods(base: Recipe, constraints: Constraints) -> tuple[Settings, ...]:
@@ -214,27 +239,29 @@ def _methods(base: Recipe, constraints: Constraints) -> tuple[Settings, ...]:
     return tuple({"method": name} for name in names)
 
 
-def _batches(base: Recipe, constraints: Constraints) -> tuple[Settings, ...]:
-    """Micro-batch and accumulation. With a global batch: every micro-batch that divides it."""
-    rows, pinned, ranks = constraints.global_batch_size, constraints.pinned, base.parallel.data_ranks
-    sizes = [2**power for power in range(_LARGEST_MICRO_BATCH.bit_length())]
+def batches_of(kind: Recipe, constraints: Constraints) -> tuple[Batch, ...]:
+    """Micro-batch and accumulation of each recipe of a kind. With a global batch: every micro-batch that divides it.
+
+    Raises UsageError where the devices cannot share its rows.
+    """
+    rows, pinned, ranks = constraints.global_batch_size, constraints.pinned, kind.parallel.data_ranks
+    sizes = [kind.micro_batch_size] if "micro_batch_size" in pinned else _SIZES
     if rows is None:
-        return tuple({"micro_batch_size": size, "grad_accumulation": base.grad_accumulation} for size in sizes)
+        return tuple((size, kind.grad_accumulation) for size in sizes)
     if rows % ranks:
         raise UsageError(
             f"--global-batch-size {rows} and {ranks} devices contradict each other: each device takes as many rows; "
             f"nearest: --global-batch-size {max(1, rows // ranks) * ranks}"
         )
     rows //= ranks
-    divisors = [size for size in range(1, min(rows, _LARGEST_MICRO_BATCH) + 1) if rows % size == 0]
-    pairs = [(size, rows // size) for size in divisors]
-    if "micro_batch_size" in pinned:
-        pairs = [(base.micro_batch_size, rows // base.micro_batch_size)] if rows % base.micro_batch_size == 0 else []
+    if "micro_batch_size" not in pinned:
+        sizes = list(range(1, min(rows, _SIZES[-1]) + 1))
+    pairs = [(size, rows // size) for size in sizes if rows % size == 0]
     if "grad_accumulation" in pinned:
-        pairs = [pair for pair in pairs if pair[1] == base.grad_accumulation]
+        pairs = [pair for pair in pairs if pair[1] == kind.grad_accumulation]
     if not pairs:
         raise UsageError(
-            f"--global-batch-size {rows} is not micro_batch_size x grad_accumulation as pinned by --set; "
-            "leave one of the three open"
+            f"--global-batch-size {constraints.global_batch_size} is not micro_batch_size x grad_accumulation as "
+            "pinned by --set; leave one of the three open"
         )
-    return tuple({"micro_batch_size": size, "grad_accumulation": count} for size, count in pairs)
+    return tuple(pair for pair in pairs if pair[1] == 1 or not kind.optimizer.in_backward)

@@ -7,6 +7,7 @@ from brim.memory import closed_form, rough, sharded
 from brim.memory.bands import DEFAULT_RISK, gpu_band
 from brim.memory.constants import context_bytes, cublas_workspace_bytes
 from brim.memory.offloaded import split
+from brim.memory.tensor import whole_of
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger, Peak, Prediction
@@ -19,15 +20,13 @@ def estimate(
     spec: ModelSpec, recipe: Recipe, *, device: Device, budget_bytes: int, risk: float = DEFAULT_RISK
 ) -> Prediction:
     """Peak and step time without running anything; roughly where the closed form does not know the family or head."""
-    found, (low, high) = _moments(spec, recipe)
+    ledger, host_bytes = on_device(spec, recipe, device)
+    low, high = closed_form_band(spec, recipe)
     least, most = published_band(spec, recipe, device, risk)
     reasons: tuple[str, ...] = ()
     if not rough.closed_form_knows(spec, recipe):
         reasons = (f"rough: no closed form for {spec.model_type}, {recipe.task}; a rehearsal is exact",)
     on_gpu = device.kind == "cuda"
-    apart = [split(moment, spec, recipe) if on_gpu else (moment, 0) for moment in found]
-    ledger, _ = max(apart, key=lambda pair: pair[0].total)
-    host_bytes = max(nbytes for _, nbytes in apart) if on_gpu and recipe.memory.offload != "none" else None
     if on_gpu:
         handles = 2 * cublas_workspace_bytes(device)  # forward's thread and backward's
         ledger = replace(ledger, workspace=ledger.workspace + handles, context=context_bytes(device))
@@ -53,19 +52,37 @@ def estimate(
     )
 
 
-def _moments(spec: ModelSpec, recipe: Recipe) -> tuple[list[Ledger], tuple[float, float]]:
-    """What the busiest device's tensors are at each moment that can be the peak, and how far off that may be."""
-    divided = recipe.parallel.data_ranks > 1 and not recipe.parallel.copies_weights
+def on_device(spec: ModelSpec, recipe: Recipe, device: Device) -> tuple[Ledger, int | None]:
+    """The busiest device's tensors at their peak; and bytes on its host, where something is offloaded."""
+    found = _moments(spec, recipe)
+    if device.kind != "cuda" or recipe.memory.offload == "none":
+        return max(found, key=lambda ledger: ledger.total), None
+    apart = [split(moment, spec, recipe) for moment in found]
+    return max((ledger for ledger, _ in apart), key=lambda ledger: ledger.total), max(nbytes for _, nbytes in apart)
+
+
+def _moments(spec: ModelSpec, recipe: Recipe) -> list[Ledger]:
+    """What the busiest device's tensors are at each moment that can be the peak."""
+    is_rough = closed_form_band(spec, recipe) == rough.ERROR_BAND
+    spec, recipe = whole_of(spec, recipe)
+    if is_rough:
+        found = rough.rough(spec, recipe)
+        return [sharded.divided(found, spec, recipe) if recipe.parallel.data_ranks > 1 else found]
+    if recipe.parallel.data_ranks == 1:
+        return list(closed_form.moments(spec, recipe).values())
+    if recipe.parallel.copies_weights:
+        return [sharded.copied(spec, recipe)]
+    return list(sharded.sharded_moments(spec, recipe).values())
+
+
+def closed_form_band(spec: ModelSpec, recipe: Recipe) -> tuple[float, float]:
+    """Relative error, low and high, of the closed form that knows this recipe best."""
+    parallel = recipe.parallel
+    divided = parallel.data_ranks > 1 and not parallel.copies_weights
     # the closed form of a sharded step knows no packed base
     if not rough.closed_form_knows(spec, recipe) or (divided and recipe.precision.packed):
-        found = rough.rough(spec, recipe)
-        many = recipe.parallel.data_ranks > 1
-        return [sharded.divided(found, spec, recipe) if many else found], rough.ERROR_BAND
-    if divided:
-        return list(sharded.sharded_moments(spec, recipe).values()), sharded.ERROR_BAND
-    if recipe.parallel.data_ranks > 1:
-        return [sharded.copied(spec, recipe)], sharded.ERROR_BAND
-    return list(closed_form.moments(spec, recipe).values()), closed_form.ERROR_BAND
+        return rough.ERROR_BAND
+    return sharded.ERROR_BAND if parallel.data_ranks > 1 else closed_form.ERROR_BAND
 
 
 def published_band(spec: ModelSpec, recipe: Recipe, device: Device, risk: float) -> tuple[float, float]:

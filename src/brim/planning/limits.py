@@ -10,8 +10,10 @@ from typing import Any
 from brim.errors import UsageError
 from brim.hardware.device import Device
 from brim.models.spec import ModelSpec
-from brim.planning.candidates import Constraints, candidates, num_positions
+from brim.planning.candidates import candidates_of
+from brim.planning.constraints import Constraints, num_positions
 from brim.planning.estimate import estimate, upper_bound
+from brim.planning.offers import Offer
 from brim.recipe import Recipe
 from brim.report import Prediction
 
@@ -80,7 +82,7 @@ def _smallest(spec: ModelSpec, constraints: Constraints, ascending: Sequence[Dev
     """A recipe's tensors are the same on all devices, so the lightest on one is the lightest on each."""
     found: dict[int, Prediction] = {}
     for count in COUNTS:
-        spread = replace(constraints, devices_per_node=count, nodes=1, may_offload=False)
+        spread = replace(constraints, devices_per_node=count, nodes=1)
         lightest = _lightest(spec, ascending[-1], spread)
         if lightest is None:
             continue
@@ -101,13 +103,15 @@ def _fitting(spec: ModelSpec, device: Device, constraints: Constraints, budget_b
 
 
 def _lightest(spec: ModelSpec, device: Device, constraints: Constraints) -> Prediction | None:
-    """None where no recipe goes with the constraints: more devices than rows, say."""
+    """None where no recipe goes with the constraints: more devices than rows, say. The host's memory is not asked."""
+    counts = {"devices_per_node": constraints.devices_per_node, "nodes": constraints.nodes}
+    offer = Offer(device=device, budget_bytes=device.memory_bytes, **counts)
     try:
-        recipes = candidates(spec, constraints)
+        found = candidates_of(spec, offer, replace(constraints.on(device, **counts), may_offload=False))
     except UsageError:
         return None
-    predictions = (estimate(spec, recipe, device=device, budget_bytes=device.memory_bytes) for recipe in recipes)
-    return min(predictions, key=lambda prediction: (upper_bound(prediction), -prediction.tokens_per_s))
+    lightest = min(found, key=lambda c: (c.peak_bytes * (1 + c.kind.band[1]), -c.tokens_per_s))
+    return estimate(spec, lightest.recipe, device=device, budget_bytes=device.memory_bytes)
 
 
 def _pinned(constraints: Constraints, **settings: int) -> Constraints:

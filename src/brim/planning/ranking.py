@@ -1,32 +1,110 @@
-"""The order of recipes for a goal. Deterministic: equal keys fall back to the recipe's own text."""
+"""The order of recipes for a goal. Deterministic: equal keys keep the order in which recipes were considered."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
-from brim.report import Prediction
+from brim.planning.offers import Offer
+from brim.planning.sweep import Batch, with_batch
+from brim.recipe import Recipe
 
-Goal = Literal["fastest", "lightest"]
+Goal = Literal["fastest", "lightest", "cheapest"]
 
 _NEARLY = 0.95
-"""Recipes within 5 % of a group's fastest count as equally fast: the roofline cannot tell them apart."""
+"""Recipes within 5 % of a group's best count as equally good: the roofline cannot tell them apart."""
+_OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion")
+"""Whole states, then rounded ones, then other ways of learning."""
+_PACKED = {"int8": 1, "nf4": 1, "int4": 2}
+"""NF4's codes lie where weights do, INT4's evenly."""
 
 
-def rank(predictions: Iterable[Prediction], goal: Goal) -> list[Prediction]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kind:
+    """Recipes that differ in rows alone, on one offer."""
+
+    recipe: Recipe
+    """With rows of any number."""
+    offer: Offer
+    band: tuple[float, float]
+    """Relative error, low and high, of the closed form's peak on this device."""
+    published: tuple[float, float]
+    """The same of a rehearsal's peak."""
+
+    @cached_property
+    def group(self) -> tuple[Any, ...]:
+        """What makes two finalists worth showing side by side: another device, method or precision."""
+        return self.offer.name, self.recipe.method, self.recipe.precision
+
+    @cached_property
+    def quality(self) -> tuple[bool | int, ...]:
+        """Less is better: what is learned, among recipes that are nearly as good otherwise.
+
+        First what keeps FP32 copies of the trained weights (pure BF16 loses small updates), adapters before full
+        fine-tuning among those that do not, a base as it is before a packed one, clipped gradients, and optimizers by
+        how near they are to AdamW.
+        """
+        recipe = self.recipe
+        loses = loses_updates(recipe)
+        name = recipe.optimizer.name
+        return (
+            loses,
+            loses and recipe.method == "full",
+            _PACKED.get(recipe.precision.weights, 0),
+            recipe.optimizer.in_backward,
+            _OPTIMIZERS.index(name) if name in _OPTIMIZERS else 0,
+        )
+
+
+class Candidate(NamedTuple):
+    """A recipe, and what ranks it."""
+
+    place: int
+    """In the order in which they were considered."""
+    kind: Kind
+    batch: Batch
+    peak_bytes: int
+    tokens_per_s: float
+
+    @property
+    def recipe(self) -> Recipe:
+        return with_batch(self.kind.recipe, self.batch)
+
+    @property
+    def lower_bytes(self) -> int:
+        """The least that the peak may turn out to be."""
+        return int(self.peak_bytes * (1 + self.kind.band[0]))
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes * (1 + self.kind.band[1]) <= self.kind.offer.budget_bytes
+
+    @property
+    def may_fit(self) -> bool:
+        """Whether a rehearsal's upper bound can be within the budget: its band about the lowest peak it may show."""
+        low, high = self.kind.published
+        return self.lower_bytes / (1 + low) * (1 + high) <= self.kind.offer.budget_bytes
+
+
+def rank(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
     """Best first.
 
-    Lightest: by peak, then by speed. Fastest: by tokens per second; among those nearly equal in it, first what keeps
-    FP32 copies of the trained weights (pure BF16 loses small updates), adapters before full fine-tuning among those
-    that do not, a base as it is before a packed one, whole optimizer states before those of 8 bits, then the lighter.
+    Lightest: by peak, then by speed. Fastest: by tokens a second; cheapest: by tokens a dollar, or by what the offers
+    are compared in (`Offer.cost_per_s`). Among those nearly equal in it by `Kind.quality`, then the lighter.
     """
     if goal == "lightest":
-        return sorted(predictions, key=_by_weight)
-    by_speed = sorted(predictions, key=lambda p: (-p.tokens_per_s, _text(p)))
-    return [prediction for group in _speed_groups(by_speed) for prediction in sorted(group, key=_by_quality)]
+        return sorted(candidates, key=lambda c: (c.peak_bytes, -c.tokens_per_s))
+    worth = _tokens_per_s if goal == "fastest" else _tokens_per_cost
+    best_first = sorted(candidates, key=worth, reverse=True)
+    ranked: list[Candidate] = []
+    for group in _groups(best_first, worth):
+        ranked += sorted(group, key=lambda c: (c.kind.quality, c.peak_bytes, c.place))
+    return ranked
 
 
-def caution(prediction: Prediction) -> str | None:
+def caution(recipe: Recipe) -> str | None:
     """What to know before training this recipe, if anything."""
-    if _loses_updates(prediction) and prediction.recipe["method"] == "full":
+    if loses_updates(recipe) and recipe.method == "full":
         return (
             "all weights are trained in BF16 without an FP32 copy: updates below 1/256 of a weight are lost; "
             'precision.master = "fp32" avoids it'
@@ -34,48 +112,31 @@ def caution(prediction: Prediction) -> str | None:
     return None
 
 
-def kind_of(prediction: Prediction) -> tuple[Any, ...]:
-    """What makes two finalists worth showing side by side: another method or another precision."""
-    recipe = prediction.recipe
-    return (recipe["method"], *recipe["precision"].values())
+def loses_updates(recipe: Recipe) -> bool:
+    """Whether what is trained is held in 16 bits alone."""
+    precision = recipe.precision
+    trained = precision.compute if precision.packed else precision.weights
+    return trained != "fp32" and precision.master == "none"
 
 
-def _speed_groups(by_speed: Sequence[Prediction]) -> Iterable[list[Prediction]]:
-    group: list[Prediction] = []
-    for prediction in by_speed:
-        if group and prediction.tokens_per_s < _NEARLY * group[0].tokens_per_s:
+def _tokens_per_s(candidate: Candidate) -> float:
+    return candidate.tokens_per_s
+
+
+def _tokens_per_cost(candidate: Candidate) -> float:
+    return candidate.tokens_per_s / candidate.kind.offer.cost_per_s
+
+
+def _groups(best_first: Sequence[Candidate], worth: Callable[[Candidate], float]) -> Iterator[list[Candidate]]:
+    group: list[Candidate] = []
+    least = 0.0
+    for candidate in best_first:
+        value = worth(candidate)
+        if group and value < least:
             yield group
             group = []
-        group.append(prediction)
+        if not group:
+            least = _NEARLY * value
+        group.append(candidate)
     if group:
         yield group
-
-
-def _loses_updates(prediction: Prediction) -> bool:
-    precision = prediction.recipe["precision"]
-    trained = precision["compute"] if _is_packed(prediction) else precision["weights"]
-    return trained != "fp32" and precision["master"] == "none"
-
-
-def _is_packed(prediction: Prediction) -> bool:
-    return prediction.recipe["method"] == "qlora"
-
-
-def _by_quality(prediction: Prediction) -> tuple[Any, ...]:
-    loses = _loses_updates(prediction)
-    return (
-        loses,
-        loses and prediction.recipe["method"] == "full",
-        _is_packed(prediction),
-        prediction.recipe["optimizer"]["name"] == "adamw8bit",
-        prediction.peak.highest_bytes,
-        _text(prediction),
-    )
-
-
-def _by_weight(prediction: Prediction) -> tuple[Any, ...]:
-    return (prediction.peak.highest_bytes, -prediction.tokens_per_s, _text(prediction))
-
-
-def _text(prediction: Prediction) -> str:
-    return repr(prediction.recipe)

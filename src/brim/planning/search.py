@@ -4,256 +4,198 @@ Pure: the exact predictor is passed in, nothing is read or run here. Determinist
 plan. A recipe is never put first on the closed form's word alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
 
-from brim.errors import DoesNotFitError
-from brim.hardware.device import Device
+from brim.errors import UsageError
 from brim.memory.bands import DEFAULT_RISK
 from brim.models.spec import ModelSpec
-from brim.planning.candidates import Constraints, candidates, derived
-from brim.planning.estimate import estimate, excess, lower_bound, published_band, upper_bound
-from brim.planning.ranking import Goal, caution, kind_of, rank
+from brim.planning.candidates import candidates_of, derived
+from brim.planning.constraints import Constraints
+from brim.planning.estimate import estimate, excess
+from brim.planning.offers import Offer, costed, fewer
+from brim.planning.ranking import Candidate, Goal, caution, rank
+from brim.planning.ways_out import NothingFitsError, refusal
 from brim.recipe import Recipe
 from brim.report import Plan, Prediction
-from brim.units import Progress, format_bytes, no_progress
+from brim.units import Progress, no_progress
 
-Rehearse = Callable[[Recipe], Prediction]
+Rehearse = Callable[[Recipe, Offer], Prediction]
 """The exact predictor: a recipe's peak, nearly to the byte, in seconds."""
 
 NUM_FINALISTS = 3
 MAX_REHEARSALS = 12
-
-_SHORTEST_SEQ_LEN = 16
-_MOST_GPUS = 8
-"""In one machine."""
-
-
-class NothingFitsError(DoesNotFitError):
-    """No candidate fits. `plan.recipes[0]` is the lightest there is, rehearsed."""
-
-    def __init__(self, message: str, plan: Plan) -> None:
-        super().__init__(message)
-        self.plan = plan
+_LISTED = 50
+"""Recipes that fit, and that do not, of which a plan holds whole predictions."""
 
 
 def plan(
     spec: ModelSpec,
-    device: Device,
+    offers: Sequence[Offer],
     *,
-    budget_bytes: int,
     rehearse: Rehearse | None,
     constraints: Constraints | None = None,
     goal: Goal = "fastest",
     risk: float = DEFAULT_RISK,
     progress: Progress = no_progress,
 ) -> Plan:
-    """Recipes ranked for the goal; the first is rehearsed and fits the budget. `rehearse` None: by closed form alone.
+    """Recipes ranked for the goal; the first is rehearsed and fits its offer. `rehearse` None: by closed form alone.
 
-    `progress` counts finalists found. Raises NothingFitsError when no candidate fits; UsageError (RecipeError) when
-    the constraints leave no candidate.
+    `offers`: each is used whole; for `cheapest` also less of it. `progress` counts finalists found. Raises
+    NothingFitsError when no candidate fits; UsageError (RecipeError) when the constraints leave no candidate.
     """
-    constraints = replace(constraints or Constraints(), may_offload=device.kind == "cuda")
-    quick = {
-        repr(recipe): (recipe, estimate(spec, recipe, device=device, budget_bytes=budget_bytes, risk=risk))
-        for recipe in candidates(spec, constraints)
-    }
-    recipe_of = {id(prediction): recipe for recipe, prediction in quick.values()}
-    ranked = rank((prediction for _, prediction in quick.values()), goal)
-    exact = rehearse or (lambda recipe: quick[repr(recipe)][1])
-    trial = _Trial(rehearse=lambda prediction: exact(recipe_of[id(prediction)]), progress=progress)
+    started_s = time.perf_counter()
+    offers, unit = costed(offers)
+    constraints = constraints or Constraints()
+    found = _considered(spec, offers, constraints, goal, risk)
+    ranked = rank(found, goal)
+    search_s = time.perf_counter() - started_s
+    trial = _Trial(spec=spec, risk=risk, rehearse=rehearse, progress=progress)
     if rehearse is not None:
-        bands = (published_band(spec, recipe_of[id(p)], device, risk) for p in ranked)
-        trial.run([p for p, band in zip(ranked, bands, strict=True) if _may_fit(p, band)], goal)
-    if not trial.fitting and (rehearse is not None or not any(p.fits for p in ranked)):
-        lightest = trial.rehearsed(rank(ranked, "lightest")[0])
-        if lightest.fits:
-            trial.fitting.append(lightest)
-        else:
-            raise _nothing_fits(spec, device, constraints, goal, lightest, trial.all_of(ranked, goal))
-    return Plan(
+        trial.run([candidate for candidate in ranked if candidate.may_fit], goal)
+    lightest: Prediction | None = None
+    if not trial.fitting and (rehearse is not None or not any(candidate.fits for candidate in ranked)):
+        nearest = min(ranked, key=lambda c: (c.peak_bytes - c.kind.offer.budget_bytes, -c.tokens_per_s))
+        lightest = trial.tried(nearest)
+    recipes, num_fitting = trial.listed(ranked, goal, lightest)
+    reasons = derived(spec, _on(constraints, offers[0]))
+    if goal == "cheapest":
+        reasons["goal"] = f"cheapest by {unit}" + ("" if unit == "price" else ": not every device's price is known")
+    result = Plan(
         model=spec.name,
-        device_name=device.name,
-        budget_bytes=budget_bytes,
+        device_name=", ".join(dict.fromkeys(offer.name if len(offers) > 1 else offer.device.name for offer in offers)),
+        budget_bytes=recipes[0].budget_bytes,
         goal=goal,
-        recipes=trial.all_of(ranked, goal),
-        derived=derived(spec, constraints),
+        recipes=recipes,
+        num_searched=len(ranked),
+        num_fitting=num_fitting,
+        search_s=search_s,
+        derived=reasons,
         quick=rehearse is None,
     )
+    if lightest is not None and not lightest.fits:
+        raise NothingFitsError(refusal(spec, nearest.kind.offer, constraints, lightest), result)
+    return result
 
 
-def _may_fit(quick: Prediction, band: tuple[float, float]) -> bool:
-    """Whether a rehearsal's upper bound can be within the budget: this band about the lowest peak it may show."""
-    low, high = band
-    return lower_bound(quick) / (1 + low) * (1 + high) <= quick.budget_bytes
+def _considered(
+    spec: ModelSpec, offers: Sequence[Offer], constraints: Constraints, goal: Goal, risk: float
+) -> list[Candidate]:
+    """Of all offers. Less of an offer may not go with the constraints, where the whole of it does."""
+    found: list[Candidate] = []
+    for whole in offers:
+        found += candidates_of(spec, whole, _on(constraints, whole), risk=risk, first_place=len(found))
+        for part in fewer(whole)[1:] if goal == "cheapest" else ():
+            rate = whole.cost_per_s * part.devices / whole.devices
+            less = replace(part, cost_per_s=rate)
+            try:
+                found += candidates_of(spec, less, _on(constraints, less), risk=risk, first_place=len(found))
+            except UsageError:
+                continue
+    return found
+
+
+def _on(constraints: Constraints, offer: Offer) -> Constraints:
+    return constraints.on(offer.device, devices_per_node=offer.devices_per_node, nodes=offer.nodes)
 
 
 @dataclass(kw_only=True)
 class _Trial:
     """Rehearsals so far, and what they showed."""
 
-    rehearse: Callable[[Prediction], Prediction]
+    spec: ModelSpec
+    risk: float
+    rehearse: Rehearse | None
     progress: Progress
-    fitting: list[Prediction] = field(default_factory=list)
+    fitting: list[Candidate] = field(default_factory=list)
+    """As they were rehearsed."""
     _exact: dict[int, Prediction] = field(default_factory=dict)
-    """Closed-form prediction's id -> rehearsed."""
+    """Place -> rehearsed."""
 
-    def run(self, ranked: Sequence[Prediction], goal: Goal) -> None:
+    def run(self, ranked: Sequence[Candidate], goal: Goal) -> None:
         """Rehearse in ranked order until enough fit or the limit is reached."""
-        later: list[Prediction] = []
-        for prediction in _in_variety(ranked) if goal == "fastest" else ranked:
-            if self._is_done(prediction, goal):
+        later: list[Candidate] = []
+        for candidate in ranked if goal == "lightest" else _in_variety(ranked):
+            if self._is_done(candidate, goal):
                 return
-            if goal == "fastest" and self._same_kind_fits(prediction):
-                later.append(prediction)
+            if goal != "lightest" and self._same_kind_fits(candidate):
+                later.append(candidate)
             else:
-                self._try(prediction)
-        for prediction in later:
-            if self._is_done(prediction, goal):
+                self.tried(candidate)
+        for candidate in later:
+            if self._is_done(candidate, goal):
                 return
-            self._try(prediction)
+            self.tried(candidate)
 
-    def _try(self, prediction: Prediction) -> None:
-        exact = self.rehearsed(prediction)
-        if exact.fits:
-            self.fitting.append(exact)
-            self.progress(min(len(self.fitting), NUM_FINALISTS), NUM_FINALISTS)
+    def tried(self, candidate: Candidate) -> Prediction:
+        """The exact prediction, asked for once; the closed form's where nothing rehearses."""
+        if self.rehearse is None:
+            return self._of(candidate)
+        if candidate.place not in self._exact:
+            exact = self.rehearse(candidate.recipe, candidate.kind.offer)
+            self._exact[candidate.place] = exact
+            if exact.fits:
+                found = candidate._replace(peak_bytes=exact.peak.highest_bytes, tokens_per_s=exact.tokens_per_s)
+                self.fitting.append(found)
+                self.progress(min(len(self.fitting), NUM_FINALISTS), NUM_FINALISTS)
+        return self._of(candidate)
 
-    def rehearsed(self, prediction: Prediction) -> Prediction:
-        """The exact prediction, asked for once."""
-        if id(prediction) not in self._exact:
-            exact = self.rehearse(prediction)
-            self._exact[id(prediction)] = _explained(exact)
-        return self._exact[id(prediction)]
-
-    def all_of(self, ranked: Sequence[Prediction], goal: Goal) -> tuple[Prediction, ...]:
-        """Finalists, then what fits by closed form, then what does not; each in the goal's order."""
+    def listed(
+        self, ranked: Sequence[Candidate], goal: Goal, lightest: Prediction | None
+    ) -> tuple[tuple[Prediction, ...], int]:
+        """Finalists, then what fits by closed form, then what does not, each in the goal's order; and how many fit."""
         finalists = rank(self.fitting, goal)
-        others = [self._exact.get(id(p), p) for p in ranked]
-        others = [_explained(p) for p in others if all(p is not finalist for finalist in finalists)]
-        return (*finalists, *(p for p in others if p.fits), *(p for p in others if not p.fits))
+        places = {candidate.place for candidate in finalists}
+        others = [candidate for candidate in ranked if candidate.place not in places]
+        fitting = [c for c in others if c.fits and c.place not in self._exact]
+        losing = [c for c in others if not c.fits or c.place in self._exact]
+        shown = map(self._of, (*finalists, *fitting[:_LISTED], *self._telling(losing)))
+        recipes = tuple(shown)
+        if lightest is not None and not lightest.fits:
+            recipes = (lightest, *(p for p in recipes if p.recipe != lightest.recipe))
+        return recipes, len(finalists) + len(fitting)
 
-    def _is_done(self, upcoming: Prediction, goal: Goal) -> bool:
+    def _telling(self, losing: Sequence[Candidate]) -> Iterator[Candidate]:
+        """The first, what was rehearsed, and the first of each kind."""
+        groups = set()
+        for index, candidate in enumerate(losing):
+            group = candidate.kind.group
+            if index < _LISTED or candidate.place in self._exact or group not in groups:
+                yield candidate
+            groups.add(group)
+
+    def _of(self, candidate: Candidate) -> Prediction:
+        """With why it does not fit, or what to know of it."""
+        recipe, offer = candidate.recipe, candidate.kind.offer
+        found = self._exact.get(candidate.place)
+        if found is None:
+            found = estimate(self.spec, recipe, device=offer.device, budget_bytes=offer.budget_bytes, risk=self.risk)
+        reason = caution(recipe) if found.fits else excess(found)
+        return found if reason is None else replace(found, reasons=(*found.reasons, reason))
+
+    def _is_done(self, upcoming: Candidate, goal: Goal) -> bool:
         if len(self._exact) >= MAX_REHEARSALS:
             return True
         if len(self.fitting) < NUM_FINALISTS:
             return False
         # The lightest is proven only when no other can turn out lighter.
-        lightest = min(p.peak.highest_bytes for p in self.fitting)
-        return goal == "fastest" or lower_bound(upcoming) > lightest
+        return goal != "lightest" or upcoming.lower_bytes > min(c.peak_bytes for c in self.fitting)
 
-    def _same_kind_fits(self, prediction: Prediction) -> bool:
-        """One finalist of each method and precision first, so that they are worth comparing."""
-        return any(kind_of(p) == kind_of(prediction) for p in self.fitting)
+    def _same_kind_fits(self, candidate: Candidate) -> bool:
+        """One finalist of each device, method and precision first, so that they are worth comparing."""
+        return any(fitting.kind.group == candidate.kind.group for fitting in self.fitting)
 
 
-def _in_variety(ranked: Sequence[Prediction]) -> Iterator[Prediction]:
+def _in_variety(ranked: Iterable[Candidate]) -> Iterator[Candidate]:
     """Ranked order, but a kind that failed twice in rehearsal waits until every other kind had its turn."""
     turns: dict[tuple[object, ...], int] = {}
-    waiting: list[Prediction] = []
-    for prediction in ranked:
-        kind = kind_of(prediction)
-        turns[kind] = turns.get(kind, 0) + 1
-        if turns[kind] <= 2:
-            yield prediction
+    waiting: list[Candidate] = []
+    for candidate in ranked:
+        group = candidate.kind.group
+        turns[group] = turns.get(group, 0) + 1
+        if turns[group] <= 2:
+            yield candidate
         else:
-            waiting.append(prediction)
+            waiting.append(candidate)
     yield from waiting
-
-
-def _explained(prediction: Prediction) -> Prediction:
-    """With why it does not fit, or what to know of it."""
-    reason = caution(prediction) if prediction.fits else excess(prediction)
-    if reason is None or reason in prediction.reasons:
-        return prediction
-    return replace(prediction, reasons=(*prediction.reasons, reason))
-
-
-def _nothing_fits(
-    spec: ModelSpec,
-    device: Device,
-    constraints: Constraints,
-    goal: Goal,
-    lightest: Prediction,
-    ranked: Sequence[Prediction],
-) -> NothingFitsError:
-    rest = (p for p in ranked if p is not lightest and p.recipe != lightest.recipe)
-    failed = Plan(
-        model=spec.name,
-        device_name=device.name,
-        budget_bytes=lightest.budget_bytes,
-        goal=goal,
-        recipes=(lightest, *rest),
-        derived=derived(spec, constraints),
-    )
-    missing = upper_bound(lightest) - lightest.budget_bytes
-    ways = "; ".join(ways_out(spec, device, constraints, lightest))
-    return NothingFitsError(
-        f"{spec.name}: nothing fits {format_bytes(lightest.budget_bytes)} on {device.name}; the lightest recipe "
-        f"({summary(lightest)}) needs {format_bytes(upper_bound(lightest))}, {format_bytes(missing)} more. "
-        f"Ways out: {ways}",
-        failed,
-    )
-
-
-def ways_out(spec: ModelSpec, device: Device, constraints: Constraints, lightest: Prediction) -> list[str]:
-    """What would make the lightest recipe fit, each with its number."""
-    budget = lightest.budget_bytes
-    ways = [f"--memory {-(-upper_bound(lightest) // 2**20)}MiB, if the machine has it"]
-    lighter: dict[str, tuple[Literal["lora", "qlora"], ...]] = {"full": ("lora", "qlora"), "lora": ("qlora",)}
-    for method in lighter.get(constraints.method, ()):
-        if "method" in constraints.pinned or "precision.weights" in constraints.pinned:
-            break
-        others = _estimates(spec, device, replace(constraints, method=method), budget)
-        needed = min(p.peak.highest_bytes for p in others)
-        if any(p.fits for p in others):
-            ways.append(f"--method {method} (from about {format_bytes(needed)} on)")
-            break
-    ways += _more_devices(spec, device, constraints, budget)
-    length = int(lightest.recipe["seq_len"]) // 2
-    while "seq_len" not in constraints.pinned and length >= _SHORTEST_SEQ_LEN:
-        if any(p.fits for p in _estimates(spec, device, replace(constraints, seq_len=length), budget)):
-            ways.append(f"--seq-len {length}")
-            break
-        length //= 2
-    if len(ways) == 1:
-        ways.append("a smaller model")
-    return ways
-
-
-def _more_devices(spec: ModelSpec, device: Device, constraints: Constraints, budget_bytes: int) -> list[str]:
-    """The fewest GPUs, twice as many at a time, among which the job can be divided."""
-    count, rows = constraints.devices_per_node, constraints.global_batch_size
-    if device.kind == "cpu" or any(key.startswith("parallel.") for key in constraints.pinned):
-        return []
-    while (count := 2 * count) <= _MOST_GPUS and (rows is None or rows % (count * constraints.nodes) == 0):
-        others = _estimates(spec, device, replace(constraints, devices_per_node=count), budget_bytes)
-        if any(p.fits for p in others):
-            needed = min(p.peak.highest_bytes for p in others)
-            return [f"--gpus {count} (about {format_bytes(needed)} on each)"]
-    return []
-
-
-def summary(prediction: Prediction) -> str:
-    """`lora, bf16, 4 x 1024 tokens, checkpointing full, loss chunked`."""
-    recipe = prediction.recipe
-    memory = recipe["memory"]
-    states = ", 8-bit states" if recipe["optimizer"]["name"] == "adamw8bit" else ""
-    return (
-        f"{recipe['method']}, {recipe['precision']['weights']}{states}{_offloaded(recipe)}, "
-        f"{recipe['micro_batch_size']} x {recipe['seq_len']} tokens, "
-        f"checkpointing {memory['activation_checkpointing']}, loss {memory['loss']}"
-    )
-
-
-def _offloaded(recipe: Mapping[str, Any]) -> str:
-    words = {"none": "", "all": ", weights and activations on the host"}
-    kind = recipe["memory"]["offload"]
-    return words.get(kind, f", {kind} on the host")
-
-
-def _estimates(spec: ModelSpec, device: Device, constraints: Constraints, budget_bytes: int) -> list[Prediction]:
-    return [
-        estimate(spec, recipe, device=device, budget_bytes=budget_bytes) for recipe in candidates(spec, constraints)
-    ]

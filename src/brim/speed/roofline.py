@@ -9,7 +9,8 @@ shape. What devices of a sharded step tell each other is `communication`. Ranks 
 take it for a lower bound.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from brim.hardware.device import Device, MatmulFormat
 from brim.memory import kept
@@ -17,6 +18,7 @@ from brim.memory.anatomy import Block, Linear, Stack, anatomy
 from brim.memory.kept import BF16, FP32, Terms
 from brim.memory.rough import closed_form_knows, kept_bytes, trained_parameters, weights_of_blocks
 from brim.memory.states import state_cost
+from brim.memory.tensor import whole_of
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.speed.communication import talking
@@ -46,25 +48,47 @@ def step_time(spec: ModelSpec, recipe: Recipe, device: Device) -> float:
     return talking(spec, recipe, device, seconds)
 
 
-def offloaded_s(spec: ModelSpec, recipe: Recipe) -> float:
-    """What crosses the link, and the step at the host's bandwidth; nothing overlapped.
+class Crossing(NamedTuple):
+    """Seconds of an optimizer step's offloading, nothing overlapped."""
+
+    step_s: float
+    turn_s: float
+    """For each micro-batch."""
+    row_s: float
+    """For each row of each micro-batch."""
+
+    def seconds(self, *, rows: int, turns: int) -> float:
+        return self.step_s + turns * (self.turn_s + rows * self.row_s)
+
+
+def crossing(spec: ModelSpec, recipe: Recipe) -> Crossing:
+    """What crosses the link, and the step at the host's bandwidth; rows and accumulation decide none of it.
 
     optimizer: gradients to the host and weights back, once a step. Of each micro-batch, weights: those of blocks twice
     to the device (forward, and backward or what it runs again), gradients to the host; activations: there and back.
     """
     memory, trained = recipe.memory, trained_parameters(spec, recipe)
     element_bytes = FP32 if recipe.plain_format == "fp32" else BF16
-    crossing, seconds = 0, 0.0
+    step_bytes, turn_bytes, row_bytes, seconds = 0, 0, 0, 0.0
     if memory.offloads_optimizer:
-        step_bytes = FP32 if recipe.precision.master == "fp32" else element_bytes
-        seconds += trained * step_bytes * state_cost(recipe.optimizer).step_passes / _HOST_BYTES_PER_S
-        crossing += 2 * trained * element_bytes
+        stepped_bytes = FP32 if recipe.precision.master == "fp32" else element_bytes
+        seconds = trained * stepped_bytes * state_cost(recipe.optimizer).step_passes / _HOST_BYTES_PER_S
+        step_bytes = 2 * trained * element_bytes
     if memory.offloads_weights:
-        each = 2 * weights_of_blocks(spec, recipe) + trained * element_bytes
-        crossing += recipe.grad_accumulation * each - trained * element_bytes
+        turn_bytes = 2 * weights_of_blocks(spec, recipe) + trained * element_bytes
+        step_bytes -= trained * element_bytes
     if memory.offloads_activations:
-        crossing += 2 * recipe.grad_accumulation * kept_bytes(spec, recipe)
-    return seconds + crossing / _LINK_BYTES_PER_S
+        row_bytes = 2 * kept_bytes(spec, replace(recipe, micro_batch_size=1))
+    return Crossing(
+        seconds + step_bytes / _LINK_BYTES_PER_S, turn_bytes / _LINK_BYTES_PER_S, row_bytes / _LINK_BYTES_PER_S
+    )
+
+
+def offloaded_s(spec: ModelSpec, recipe: Recipe) -> float:
+    """Seconds of an optimizer step's offloading; 0 without."""
+    if recipe.memory.offload == "none":
+        return 0.0
+    return crossing(spec, recipe).seconds(rows=recipe.micro_batch_size, turns=recipe.grad_accumulation)
 
 
 def tokens_per_s(recipe: Recipe, seconds: float) -> float:
@@ -73,23 +97,29 @@ def tokens_per_s(recipe: Recipe, seconds: float) -> float:
 
 
 def step_work(spec: ModelSpec, recipe: Recipe) -> Work:
-    """FLOPs and traffic of one optimizer step."""
+    """FLOPs and traffic of one optimizer step, on each device."""
+    spec, recipe = whole_of(spec, recipe)
     if not closed_form_knows(spec, recipe):
         return _rough_work(spec, recipe)
     t = kept.terms(anatomy(spec), recipe)
+    flops, traffic = micro_batch_work(recipe, t)
+    return Work(
+        flops=float(recipe.grad_accumulation * flops),
+        traffic_bytes=float(
+            recipe.grad_accumulation * traffic + optimizer_traffic(spec, recipe, t) // recipe.parallel.state_shards
+        ),
+        compute=recipe.precision.compute,
+    )
+
+
+def micro_batch_work(recipe: Recipe, t: Terms) -> tuple[int, int]:
+    """FLOPs and traffic of one micro-batch's forward and backward. The optimizer decides none of it."""
     checkpointed = recipe.memory.activation_checkpointing == "full"
     recomputed = recipe.memory.activation_checkpointing != "none"
     flops = _head_flops(t) + sum(
         _stack_flops(stack, t, linears_again=checkpointed, attention_again=recomputed) for stack in t.parts.stacks
     )
-    traffic = _forward_backward_traffic(t, checkpointed=recomputed)
-    return Work(
-        flops=float(recipe.grad_accumulation * flops),
-        traffic_bytes=float(
-            recipe.grad_accumulation * traffic + _optimizer_traffic(spec, recipe, t) // recipe.parallel.state_shards
-        ),
-        compute=recipe.precision.compute,
-    )
+    return flops, _forward_backward_traffic(t, checkpointed=recomputed)
 
 
 def attention_flops(spec: ModelSpec, recipe: Recipe) -> float:
@@ -178,7 +208,7 @@ def _forward_backward_traffic(t: Terms, *, checkpointed: bool) -> int:
     return (4 + checkpointed) * activations + logits + int(passes * (2 + checkpointed + t.trains_base) * weights)
 
 
-def _optimizer_traffic(spec: ModelSpec, recipe: Recipe, t: Terms) -> int:
+def optimizer_traffic(spec: ModelSpec, recipe: Recipe, t: Terms) -> int:
     """Reads the gradient, passes over weight and states (fused AdamW reads and writes each once); clipping reads and
     writes gradients once more. Over FP32 masters all but weight and gradient are FP32."""
     adapters = sum(stack.num_blocks * t.added_parameters(stack.block) for stack in t.parts.stacks)
