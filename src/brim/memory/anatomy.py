@@ -13,6 +13,9 @@ from brim.models.spec import ModelSpec
 
 Norm = Literal["rms", "rms-gemma", "rms-t5", "layer"]
 
+TABLE_RANKS = "table_ranks"
+"""Key in the config of a device's share of a model (`memory.tensor`): devices that share embedding and head."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -154,10 +157,17 @@ class Anatomy:
     parallel: bool
     caps_scores: bool
     caps_logits: bool
+    table_ranks: int = 1
+    """Devices that share the rows of embedding and head; each gathers all logits."""
 
     @property
     def embedding_parameters(self) -> int:
         """The token embedding alone; an untied head has as many again."""
+        return self.vocab_size * self.hidden_size // self.table_ranks
+
+    @property
+    def embedding_gradients(self) -> int:
+        """Elements of its gradient: where its rows are shared, DTensor's backward makes those of all rows."""
         return self.vocab_size * self.hidden_size
 
     @property
@@ -212,6 +222,7 @@ def anatomy(spec: ModelSpec) -> Anatomy:
         parallel=bool(spec.config.get("use_parallel_residual", family.parallel)),
         caps_scores=bool(spec.config.get("attn_logit_softcapping", family.softcaps)),
         caps_logits=bool(spec.config.get("final_logit_softcapping", family.softcaps)),
+        table_ranks=int(spec.config.get(TABLE_RANKS, 1)),
     )
 
 

@@ -139,7 +139,7 @@ class Step:
         """
         t = self.terms
         in_place = t.mixed or self.chunked
-        gradients = t.weight_bytes * self.spec.num_parameters + self.scale_bytes
+        gradients = t.weight_bytes * (self.spec.num_parameters + self.undivided) + self.scale_bytes
         flowing = FP32 * self.tokens * t.parts.hidden_size if in_place else 0
         if t.parts.tied_head:
             gradients += (1 if in_place else 2) * t.weight_bytes * t.parts.embedding_parameters
@@ -154,7 +154,7 @@ class Step:
         workspace = state_cost(self.recipe.optimizer).temporary_bytes(self.largest_trained, stepped_bytes)
         if self.has_master:
             workspace += FP32 * self.largest_trained
-        gradients = self.trainable * self.terms.weight_bytes + self.scale_bytes
+        gradients = (self.trainable + self.undivided) * self.terms.weight_bytes + self.scale_bytes
         return Moment(gradients=gradients, workspace=workspace)
 
     def ledger(self, moment: Moment) -> Ledger:
@@ -196,11 +196,20 @@ class Step:
         return self.spec.num_parameters if self.terms.trains_base else self.adapters
 
     @property
+    def undivided(self) -> int:
+        """Elements of gradients of what other devices have of a shared embedding."""
+        return (
+            self.terms.parts.embedding_gradients - self.terms.parts.embedding_parameters
+            if self.terms.trains_base
+            else 0
+        )
+
+    @property
     def largest_trained(self) -> int:
         """Elements of the largest trained tensor: the embedding, or an adapter's longer matrix."""
         t = self.terms
         if t.trains_base:
-            return t.parts.embedding_parameters
+            return t.parts.embedding_gradients
         adapted = (line for stack in t.parts.stacks for line in stack.block.linears if t.adapts(line))
         return max((t.rank * max(line.inputs, line.outputs) for line in adapted), default=0)
 

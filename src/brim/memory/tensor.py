@@ -1,13 +1,13 @@
 """What one of the devices that share each matrix holds: the same model with fewer heads and a narrower feed-forward.
 
 By transformers' plans for these families (`training.matrices`): q, k, v, gate and up are divided by outputs, o and down
-by inputs; what lies between them is divided with them, and the residual stream is whole. So are the embedding, and the
-head, which is divided only where it is not tied and its loss is not chunked; the closed form takes it as whole.
+by inputs; what lies between them is divided with them, and the residual stream is whole. So are embedding and head
+where they are one tensor or the loss is chunked; else their rows are divided, and each device gathers all logits.
 """
 
 from dataclasses import replace
 
-from brim.memory.anatomy import anatomy
+from brim.memory.anatomy import TABLE_RANKS, anatomy
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 
@@ -23,25 +23,26 @@ def can_divide(spec: ModelSpec, ranks: int) -> bool:
     return ranks == 1 or (spec.model_type in DIVIDED_FAMILIES and whole)
 
 
-def share_of(spec: ModelSpec, ranks: int) -> ModelSpec:
-    """The model as one of `ranks` devices has it."""
-    if ranks == 1:
-        return spec
-    config = {
-        **spec.config,
-        "head_dim": spec.head_dim,
-        "num_attention_heads": spec.num_heads // ranks,
-        "num_key_value_heads": spec.num_kv_heads // ranks,
-        "intermediate_size": spec.intermediate_size // ranks,
-    }
-    share = replace(spec, config=config, tensors=())
-    return replace(share, num_parameters=anatomy(share).num_parameters)
-
-
 def whole_of(spec: ModelSpec, recipe: Recipe) -> tuple[ModelSpec, Recipe]:
     """A device's share of the model, and the recipe as groups of devices that each hold a whole of it would run it."""
     parallel = recipe.parallel
     if parallel.tensor == 1 or not can_divide(spec, parallel.tensor):
         return spec, recipe
     groups = replace(parallel, tensor=1, devices_per_node=max(1, parallel.devices_per_node // parallel.tensor))
-    return share_of(spec, parallel.tensor), replace(recipe, parallel=groups)
+    divides_tables = not spec.tied_head and recipe.memory.loss == "full"
+    share = _share_of(spec, parallel.tensor, divides_tables=divides_tables)
+    return share, replace(recipe, parallel=groups)
+
+
+def _share_of(spec: ModelSpec, ranks: int, *, divides_tables: bool) -> ModelSpec:
+    """The model as one of `ranks` devices has it."""
+    config = {
+        **spec.config,
+        "head_dim": spec.head_dim,
+        "num_attention_heads": spec.num_heads // ranks,
+        "num_key_value_heads": spec.num_kv_heads // ranks,
+        "intermediate_size": spec.intermediate_size // ranks,
+        TABLE_RANKS: ranks if divides_tables else 1,
+    }
+    share = replace(spec, config=config, tensors=())
+    return replace(share, num_parameters=anatomy(share).num_parameters)
