@@ -65,6 +65,7 @@ def check_runs(recipe: "Recipe") -> None:
             f'training.packing = true is for texts that are read from left to right, and task = "{recipe.task}" is '
             "not one of those; nearest: training.packing = false"
         )
+    _check_setbacks(recipe)
     _check_in_backward(recipe)
     _check_fp16(recipe)
     _check_packed(recipe)
@@ -104,6 +105,21 @@ def check_runs(recipe: "Recipe") -> None:
         raise RecipeError(
             f'precision.compute = "{compute}" cannot run over precision.weights = "{weights}": a matmul runs in its '
             f'weights\' format, or below FP32; nearest: precision.compute = "{weights}", or precision.weights = "fp32"'
+        )
+
+
+def _check_setbacks(recipe: "Recipe") -> None:
+    if recipe.training.on_spike != "rollback":
+        return
+    if not recipe.training.save_every:
+        raise RecipeError(
+            'training.on_spike = "rollback" goes back to a checkpoint, and training.save_every = 0 writes none; '
+            "nearest: training.save_every = 100"
+        )
+    if recipe.has_teacher:
+        raise RecipeError(
+            'training.on_spike = "rollback" reads other rows than the teacher was asked about; '
+            'nearest: training.on_spike = "stop"'
         )
 
 

@@ -80,6 +80,9 @@ class Training:
     """Steps between checkpoints; 0: only when the run is interrupted."""
     evaluate_every: int = 0
     """Steps between evaluations; 0: only at the end, when evaluation data is given."""
+    on_spike: Literal["tell", "stop", "rollback"] = "tell"
+    """What a loss far above those before it brings (training/setbacks.py): a word; the end; or a step back to the last
+    checkpoint, and on without the rows of that step. One that is no number ends the run unless it goes back."""
     seed: int = 0
     packing: bool = False
     """Whole examples share a row and do not see each other; otherwise texts follow each other, cut where a row ends."""

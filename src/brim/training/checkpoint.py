@@ -35,6 +35,8 @@ from brim.training.ranks import Ranks
 _RANDOM = "random_generator"
 _CUDA_RANDOM = "cuda_random_generator"
 _LOSS_SCALE = "loss_scale"
+_MAY_CHANGE = ("save_every", "evaluate_every", "on_spike")
+"""Of [training]: what a run that goes on may do in another way than before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,8 @@ class Progress:
     step_seconds: tuple[float, ...]
     peak: Peak
     ledger: Ledger
+    left_out: tuple[int, ...] = ()
+    """Of the data's batches, those that are not read (training/setbacks.py)."""
 
     @property
     def steps_done(self) -> int:
@@ -57,6 +61,7 @@ class Progress:
             "step_seconds": list(self.step_seconds),
             "peak": self.peak.to_dict(),
             "ledger": self.ledger.to_dict(),
+            "left_out": list(self.left_out),
         }
 
     @classmethod
@@ -66,6 +71,7 @@ class Progress:
             step_seconds=tuple(values["step_seconds"]),
             peak=Peak(**values["peak"]),
             ledger=Ledger(**values["ledger"]),
+            left_out=tuple(values["left_out"]),
         )
 
 
@@ -141,7 +147,7 @@ def load_checkpoint(directory: Path, workload: Workload, *, data: str) -> Progre
     newest = found[-1]
     try:
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        _check_same(newest, state["recipe"] == workload.recipe.to_dict(), "recipe")
+        _check_same(newest, _what_is_learned(state["recipe"]) == _what_is_learned(workload.recipe.to_dict()), "recipe")
         _check_same(newest, state["data"] == data, "data")
         progress = Progress.from_dict(state["progress"])
         _restore(workload, newest)
@@ -152,6 +158,12 @@ def load_checkpoint(directory: Path, workload: Workload, *, data: str) -> Progre
             f"checkpoint {newest} is damaged ({type(error).__name__}: {error}); remove it to start over"
         ) from None
     return progress
+
+
+def _what_is_learned(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without what a run may be gone on with in another way."""
+    training = {key: value for key, value in recipe["training"].items() if key not in _MAY_CHANGE}
+    return {**recipe, "training": training}
 
 
 def _check_same(checkpoint: Path, same: bool, what: str) -> None:

@@ -19,6 +19,7 @@ from brim.training.history import History
 from brim.training.job import Run
 from brim.training.merge import write_merged
 from brim.training.parts import whole_state
+from brim.training.setbacks import told_of
 from brim.training.workplace import publish
 
 MERGED = "merged"
@@ -49,7 +50,7 @@ def report_of(job: Run, history: History) -> RunReport:
         ),
         environment=environment(),
         evaluation=evaluation,
-        reasons=tuple(job.recipe.warnings()),
+        reasons=(*job.recipe.warnings(), *told_of(job, history)),
     )
 
 

@@ -17,6 +17,8 @@ class History:
     ledger: Ledger = field(default_factory=Ledger)
     eval_loss: float | None = None
     meter_name: str = ""
+    left_out: tuple[int, ...] = ()
+    """Of the data's batches, those that are not read (training/setbacks.py)."""
 
     def measure(self, meter: RealMeter) -> tuple[int, int]:
         """(allocated bytes now, highest since the last time); keeps the peak of all."""
@@ -26,9 +28,23 @@ class History:
             self.peak, self.ledger = meter.peak, meter.ledger
         return sample
 
+    def add(self, loss: float, seconds: float) -> None:
+        """A step was done."""
+        self.losses.append(loss)
+        self.step_seconds.append(seconds)
+
+    def go_back(self, progress: Progress, *, without: tuple[int, ...]) -> None:
+        """To a checkpoint, leaving out more batches; what was measured stays."""
+        self.losses, self.step_seconds = list(progress.losses), list(progress.step_seconds)
+        self.left_out = (*self.left_out, *without)
+
     def progress(self) -> Progress:
         return Progress(
-            losses=tuple(self.losses), step_seconds=tuple(self.step_seconds), peak=self.peak, ledger=self.ledger
+            losses=tuple(self.losses),
+            step_seconds=tuple(self.step_seconds),
+            peak=self.peak,
+            ledger=self.ledger,
+            left_out=self.left_out,
         )
 
     @classmethod
@@ -41,4 +57,5 @@ class History:
             step_seconds=list(progress.step_seconds),
             peak=progress.peak,
             ledger=progress.ledger,
+            left_out=progress.left_out,
         )

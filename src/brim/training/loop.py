@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from brim.errors import BrimError, Stopped, UsageError
 from brim.memory.measured import RealMeter, meter_for
-from brim.publish import alone
+from brim.publish import alone, write_whole
 from brim.report import RunReport
 from brim.training.build import Workload, build
 from brim.training.checkpoint import kept, load_checkpoint, save_checkpoint, wrong_weight
@@ -28,9 +28,10 @@ from brim.training.metrics import Metrics, StepRecord
 from brim.training.packing import check_apart
 from brim.training.room import with_room
 from brim.training.schedule import learning_rate
+from brim.training.setbacks import batch_number, goes_back, is_spike
 from brim.training.step import train_step
 from brim.training.teacher import TEACHER_BYTES, taught
-from brim.training.trouble import check_number, check_weights, explain_lost_rank, explain_out_of_memory, give_up
+from brim.training.trouble import check_number, check_weights, explain_lost_rank, explain_out_of_memory
 from brim.training.workplace import checkpoints_of, discard_unbegun, open_workplace, workplace_of
 
 _RECENT_STEPS = 100
@@ -118,7 +119,10 @@ def _resumed(job: Run, workload: Workload) -> History:
     """An empty history; after a resume that of the checkpoint, which is now in the workload."""
     if not job.resume:
         return History()
-    return History.of(load_checkpoint(checkpoints_of(job.output), workload, data=job.data.fingerprint))
+    progress = load_checkpoint(checkpoints_of(job.output), workload, data=job.data.fingerprint)
+    if progress is not None and job.ranks.is_first:
+        write_whole(workplace_of(job.output) / "recipe.toml", job.recipe.to_toml())
+    return History.of(progress)
 
 
 def _train(job: Run, workload: Workload, history: History, meter: RealMeter, watch: Watch) -> None:
@@ -130,14 +134,19 @@ def _train(job: Run, workload: Workload, history: History, meter: RealMeter, wat
         raise Stopped("stopped before the first step; start again with the same command and --resume")
     first_step = len(history.losses)
     with Metrics(workplace_of(job.output), first_step=first_step) if job.ranks.is_first else nullcontext() as metrics:
-        for step in range(first_step, steps):
+        while (step := len(history.losses)) < steps:
             last = step + 1 == steps
-            _step(job, workload, history, steps)
+            if not _step(job, workload, history, steps, watch):
+                if metrics is not None:
+                    metrics.close()
+                continue
             record = _record(job, workload, history, meter, steps)
             _keep_record(job, metrics, record, watch)
             watch.on_step(record)
             stopping = job.ranks.any(watch.should_stop()) and not last
-            if stopping or (training.save_every and (step + 1) % training.save_every == 0 and not last):
+            due = training.save_every and (step + 1) % training.save_every == 0 and not last
+            # Weights that are no numbers are no place to go back to: the next step's loss shows them.
+            if stopping or (due and not (training.on_spike == "rollback" and wrong_weight(workload))):
                 _save(job, workload, history, watch)
             if stopping:
                 raise Stopped(f"stopped after step {step + 1} of {steps}; go on with the same command and --resume")
@@ -146,22 +155,23 @@ def _train(job: Run, workload: Workload, history: History, meter: RealMeter, wat
     check_weights(workload, steps)
 
 
-def _step(job: Run, workload: Workload, history: History, steps: int) -> None:
+def _step(job: Run, workload: Workload, history: History, steps: int, watch: Watch) -> bool:
+    """Whether the step counts: False where its loss sent the run back to a checkpoint."""
     step, started = len(history.losses), time.perf_counter()
     rate = learning_rate(job.recipe, step, steps)
-    batches = job.data.step_batches(job.recipe, step, data_rank=job.ranks.data_rank)
+    number = batch_number(step, history.left_out)
+    batches = job.data.step_batches(job.recipe, number, data_rank=job.ranks.data_rank)
     loss = float(train_step(workload, batches, learning_rate=rate))
-    if not math.isfinite(loss):
-        if step and not wrong_weight(workload):
-            _write_checkpoint(job, workload, history)
-        give_up(job, step, loss)
-    history.step_seconds.append(time.perf_counter() - started)
-    history.losses.append(loss)
+    is_bad = not math.isfinite(loss) or is_spike(history.losses, loss)
+    if is_bad and goes_back(job, workload, history, loss, watch):
+        return False
+    history.add(loss, time.perf_counter() - started)
     if workload.loss_scale is not None and workload.loss_scale.exhausted:
         raise UsageError(
             f"gradients of step {step + 1} overflow FP16 at every loss scale down to 1: the run has diverged, or the "
             'model needs a wider range; take precision.weights = "bf16" and precision.compute = "bf16"'
         )
+    return True
 
 
 def _record(job: Run, workload: Workload, history: History, meter: RealMeter, steps: int) -> StepRecord:

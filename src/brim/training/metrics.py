@@ -52,11 +52,11 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        self.close()
 
     def go_back(self, steps: int) -> None:
         """To what was written of the first `steps`; lines past them belong to steps that are run again."""
-        self._close()
+        self.close()
         kept = self._path.read_text(encoding="utf-8").splitlines()[:steps] if self._path.exists() else []
         write_whole(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
@@ -69,10 +69,11 @@ class Metrics:
         try:
             self._write(record)
         except OSError:
-            self._close()  # half a line may be in it
+            self.close()  # half a line may be in it
             raise
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """What is written next decides which lines before it stay."""
         for open_file in (self._file, self._events):
             if open_file is not None:
                 with suppress(OSError):  # what a full disk does not take is written anew

@@ -202,6 +202,7 @@ class Stepper:
         for index, parameter in enumerate(self._masters or self._parameters):
             optimizer = self._optimizers[index if self._one_by_one else 0]
             # A parameter without a gradient so far has no state.
+            optimizer.state.pop(parameter, None)
             models = _states_of(part_of(parameter), self._settings)
             if any(f"{index}.{key}" in tensors for key in models):
                 optimizer.state[parameter] = {

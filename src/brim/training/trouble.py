@@ -1,13 +1,11 @@
 """What a run that cannot go on says: which step, which rows, what is kept, what to do."""
 
 import math
-from typing import NoReturn
 
 from brim.errors import RanOutOfMemoryError, Stopped, UsageError
 from brim.training.build import Workload
 from brim.training.checkpoint import wrong_weight
 from brim.training.job import Run
-from brim.training.workplace import can_resume, checkpoints_of
 from brim.units import format_bytes
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
@@ -15,24 +13,13 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 _NAMED_ROWS = 16
 
 
-def rows_read(job: Run, step: int) -> str:
-    """The rows of the data set (from 1) that optimizer step `step` (from 0) reads, with file and line where known."""
-    rows = job.data.step_rows(job.recipe, step)
+def rows_read(job: Run, batch: int) -> str:
+    """The rows of the data set (from 1) in a step's batch (from 0), with file and line where known."""
+    rows = job.data.step_rows(job.recipe, batch)
     named = ", ".join(str(row + 1) for row in rows[:_NAMED_ROWS]) + (", ..." if len(rows) > _NAMED_ROWS else "")
     places = job.data.places_of(rows)
     read = f" ({'; '.join(places[:_NAMED_ROWS])}{'; ...' if len(places) > _NAMED_ROWS else ''})" if places else ""
     return f"rows {named} of the {len(job.data)} that the data makes{read}"
-
-
-def give_up(job: Run, step: int, loss: float) -> NoReturn:
-    """Raises UsageError for the step (from 0) whose loss is no number."""
-    kept = (
-        f"{checkpoints_of(job.output)} holds what was learned before" if can_resume(job.output) else "nothing is kept"
-    )
-    raise UsageError(
-        f"the loss of step {step + 1} is {loss}, over {rows_read(job, step)}: the run has diverged; {kept}; lower "
-        "optimizer.learning_rate, compute in fp32, or look at those rows"
-    )
 
 
 def check_number(value: float, subject: str) -> None:
