@@ -1,31 +1,27 @@
 """Weights in PyTorch's own files (`pytorch_model.bin`), read only when asked: which tensors they hold, and where.
 
-Such a file is a zip archive of a pickle and of storages, uncompressed. torch's restricted unpickler (weights_only)
-reads the pickle on fake tensors, so no weight is read and nothing but tensors can be made; each tensor's place in the
-file then serves like one of a safetensors file, once it is known to lie inside.
+Such a file is a zip archive of a pickle and of storages, uncompressed. The pickle is not run (`pickle_table`), and no
+weight is read; each tensor's place in the file then serves like one of a safetensors file, once it is known to lie
+inside its storage.
 """
 
-import zipfile
-from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
+from brim.checkpoints.archive import entries
+from brim.checkpoints.pickle_table import PickledTensor, table_of
 from brim.errors import ModelFileError, UsageError
 from brim.models.directory import StoredTensor, check_index, checked_file, parse_weight_map, shard_names
-from brim.models.files import MAX_JSON_BYTES, file_size, read_json_object
+from brim.models.files import MAX_JSON_BYTES, read_json_object
 from brim.models.spec import TensorSpec
-from brim.numerics.encode import TORCH_DTYPES
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {
-    getattr(torch, name): name for name in ("bool", "uint8", "int8", "int16", "int32", "int64")
-}
+_DATA = "data/"
+_KIND = "torch.save writes one since PyTorch 1.6; load and save the model anew"
+_ITEM_BYTES = {
+    "fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
+}  # fmt: skip
 
 
 def pickled_tensors(directory: Path) -> tuple[StoredTensor, ...]:
@@ -52,45 +48,54 @@ def _files(directory: Path) -> tuple[Path, ...]:
 
 
 def _tensors_in(path: Path) -> list[StoredTensor]:
-    size = file_size(path)
-    _check_archive(path)
-    try:
-        with FakeTensorMode():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, ValueError, EOFError, AttributeError, KeyError, TypeError) as error:
-        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ModelFileError(f"{path} does not hold tensors alone, or is damaged: {first}") from None
-    if not isinstance(state, dict):
-        raise ModelFileError(f"{path} holds no tensors by name; save the model with model.save_pretrained(directory)")
-    return [_stored(path, size, name, tensor) for name, tensor in state.items()]
-
-
-def _check_archive(path: Path) -> None:
-    """Raises ModelFileError for the older form of such files, and for a pickle that is too large to be of tensors."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
-            compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        raise ModelFileError(
-            f"{path} is not a zip archive as torch.save has written since PyTorch 1.6; load and save the model anew"
-        ) from None
-    if compressed or len(pickles) != 1 or pickles[0].file_size > MAX_JSON_BYTES:
+    found = {name.partition("/")[2]: place for name, place in entries(path, kind=_KIND).items()}
+    if "data.pkl" not in found or _nbytes(found["data.pkl"]) > MAX_JSON_BYTES:
         raise ModelFileError(f"{path} is an archive of another kind than torch.save writes")
+    if "byteorder" in found and _read(path, found["byteorder"], most_bytes=8) == b"big":
+        raise ModelFileError(f"{path} was written on a machine of the other byte order; {_KIND}")
+    table = table_of(_read(path, found["data.pkl"], most_bytes=MAX_JSON_BYTES), where=path)
+    places = {name.removeprefix(_DATA): place for name, place in found.items() if name.startswith(_DATA)}
+    return [_stored(path, places, name, tensor) for name, tensor in table.items()]
 
 
-def _stored(path: Path, size: int, name: Any, tensor: Any) -> StoredTensor:
-    if not isinstance(name, str) or not isinstance(tensor, Tensor):
-        raise ModelFileError(f"{path} holds {name!r}, which is no tensor; save the model's weights alone")
-    if not tensor.is_contiguous() or tensor.layout != torch.strided or tensor.dtype not in _NAMES:
+def _nbytes(place: tuple[int, int]) -> int:
+    return place[1] - place[0]
+
+
+def _read(path: Path, place: tuple[int, int], *, most_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(place[0])
+        return file.read(min(_nbytes(place), most_bytes))
+
+
+def _stored(path: Path, places: dict[str, tuple[int, int]], name: str, tensor: PickledTensor) -> StoredTensor:
+    if not _lies_in_order(tensor):
         raise ModelFileError(
-            f"{path}: tensor {name!r} ({tensor.dtype}, strides {tensor.stride()}) does not lie as its shape says; "
+            f"{path}: tensor {name!r} ({tensor.dtype}, strides {tensor.strides}) does not lie as its shape says; "
             "load and save the model anew"
         )
-    nbytes = tensor.numel() * tensor.itemsize
-    storage: Any = tensor.untyped_storage()
-    begin = int(storage._checkpoint_offset) + int(tensor.storage_offset()) * tensor.itemsize if nbytes else 0
-    if begin < 0 or begin + nbytes > size:
-        raise ModelFileError(f"{path}: tensor {name!r} ends at {begin + nbytes:,}, past the file's end ({size:,})")
-    spec = TensorSpec(name=name, shape=tuple(tensor.shape), dtype=_NAMES[tensor.dtype], nbytes=nbytes)
+    itemsize, numel = _ITEM_BYTES[tensor.dtype], prod(tensor.shape)
+    spec = TensorSpec(name=name, shape=tensor.shape, dtype=tensor.dtype, nbytes=numel * itemsize)
+    if not numel:
+        return StoredTensor(spec=spec, path=path, offset=0)
+    if tensor.storage not in places:
+        raise ModelFileError(f"{path}: the archive lacks the bytes of tensor {name!r}; download it again")
+    begin, end = places[tensor.storage]
+    begin += tensor.begin * itemsize
+    if begin + spec.nbytes > end:
+        raise ModelFileError(
+            f"{path}: tensor {name!r} ends at {begin + spec.nbytes:,}, past its storage's end ({end:,})"
+        )
     return StoredTensor(spec=spec, path=path, offset=begin)
+
+
+def _lies_in_order(tensor: PickledTensor) -> bool:
+    """One row after another, without holes. Strides of axes of one element say nothing."""
+    if len(tensor.shape) != len(tensor.strides):
+        return False
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if size != 1 and stride != expected:
+            return not prod(tensor.shape)
+        expected *= size
+    return True

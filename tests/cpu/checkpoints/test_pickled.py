@@ -98,6 +98,8 @@ def test_what_is_no_table_of_tensors_is_refused(tiny: Maker, tmp_path: Path) -> 
     torch.save({"a": Hostile()}, path)
     refused("does not hold tensors alone")
     torch.save([torch.ones(2)], path)
+    refused("the instruction EMPTY_LIST")
+    torch.save(torch.ones(2), path)
     refused("no tensors by name")
     torch.save({"a": {"b": torch.ones(2)}}, path)
     refused("'a', which is no tensor")
@@ -112,6 +114,16 @@ def test_what_is_no_table_of_tensors_is_refused(tiny: Maker, tmp_path: Path) -> 
     with zipfile.ZipFile(path, "w", compression=zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"x" * 100)
     refused("another kind")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/other.pkl", b"x" * 100)
+    refused("another kind")
+    torch.save({"a": torch.ones(2)}, path)
+    lying = bytearray(path.read_bytes())
+    for signature, offset, nbytes in ((b"PK\x06\x06", 40, 8), (b"PK\x05\x06", 12, 4)):
+        at = lying.rfind(signature) + offset
+        lying[at : at + nbytes] = (2**28).to_bytes(nbytes, "little")
+    path.write_bytes(lying)
+    refused("table of contents of 268,435,456 bytes")
     path.unlink()
     refused("has no pytorch_model.bin", UsageError)
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../x.bin"}}))
