@@ -5,7 +5,8 @@ The rehearsal does not read this: it runs the crossings.
 
 from dataclasses import replace
 
-from brim.memory.rough import block_bytes, kept_bytes, table_bytes
+from brim.memory.kept import ELEMENT_BYTES
+from brim.memory.rough import block_bytes, kept_bytes, table_bytes, trained_parameters
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
 from brim.report import Ledger
@@ -14,7 +15,8 @@ from brim.report import Ledger
 def split(ledger: Ledger, spec: ModelSpec, recipe: Recipe) -> tuple[Ledger, int]:
     """(what is left on the device, bytes on its host) of a moment whose ledger knows one memory.
 
-    On the device stay one block's activations, and of weights and gradients those outside of blocks and one block's.
+    On the device stay one block's activations, and of weights and gradients those outside of blocks and one block's;
+    where ranks divide the weights, what they gather and the gradients that they have not summed yet.
     """
     memory, host = recipe.memory, 0
     if memory.offloads_optimizer:
@@ -24,7 +26,12 @@ def split(ledger: Ledger, spec: ModelSpec, recipe: Recipe) -> tuple[Ledger, int]
         left = min(ledger.activations, block_bytes(spec, recipe))
         host += kept_bytes(spec, recipe)
         ledger = replace(ledger, activations=left)
-    if memory.offloads_weights:
+    if memory.offloads_weights and recipe.parallel.divides_weights:
+        parts = trained_parameters(spec, recipe) * ELEMENT_BYTES[recipe.plain_format] // recipe.parallel.state_shards
+        gradients = max(0, ledger.gradients - parts)
+        host += ledger.weights + ledger.gradients - gradients
+        ledger = replace(ledger, weights=0, gradients=gradients)
+    elif memory.offloads_weights:
         tables = min(ledger.weights, table_bytes(spec, recipe))
         fetched = (ledger.weights - tables) // max(1, spec.num_layers)
         gradients = min(ledger.gradients, tables + fetched)

@@ -175,7 +175,8 @@ class Sharded:
         cost = state_cost(self.recipe.optimizer)
         if self.recipe.precision.master == "fp32" and self.stored_bytes < FP32:
             return self.trained * FP32 + cost.state_bytes(self.trained, FP32)
-        return cost.state_bytes(self.trained, self.stored_bytes)
+        stepped = self.stored_bytes * self.trained if self.recipe.memory.offload == "optimizer" else 0  # copies
+        return stepped + cost.state_bytes(self.trained, self.stored_bytes)
 
     @property
     def num_blocks(self) -> int:

@@ -96,7 +96,9 @@ class Trace:
         return sum(block.nbytes if allocated else -block.nbytes for allocated, block in events if block.line == part)
 
     def forget_past(self) -> None:
-        """Start over with what is alive now, so that a long run's trace stays short."""
+        """Start over with what is alive now, so that a long run's trace stays short; the host's, too."""
+        if self.host is not None:
+            self.host.forget_past()
         alive: dict[int, Block] = {}
         for allocated, block in self._events:
             if allocated:

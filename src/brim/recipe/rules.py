@@ -132,10 +132,11 @@ def _check_offload(recipe: "Recipe") -> None:
             f'memory.offload = "{memory.offload}" does not reach what memory.activation_checkpointing = "selective" '
             'keeps, which is not in autograd\'s hands; nearest: memory.activation_checkpointing = "full"'
         )
-    if parallel.sharding != "none" or parallel.tensor > 1:
+    if parallel.tensor > 1 or parallel.copies_weights:
+        shared = f"parallel.tensor = {parallel.tensor}" if parallel.tensor > 1 else f'sharding = "{parallel.sharding}"'
         raise RecipeError(
-            f'memory.offload = "{memory.offload}" steps the weights of one device on its host, and several '
-            'share them; nearest: memory.offload = "none" (zero1, zero2 and zero3 divide the states among the devices)'
+            f'memory.offload = "{memory.offload}" steps on each host what that device alone has, and {shared} gives '
+            'several the same; nearest: parallel.sharding = "zero2", parallel.tensor = 1'
         )
     if memory.offloads_weights and recipe.library.packed == "bitsandbytes-0.42":
         raise RecipeError(
@@ -188,10 +189,10 @@ def _check_rounding(recipe: "Recipe") -> None:
             f'optimizer.rounding = "stochastic" is written for AdamW, and optimizer.name = "{recipe.optimizer.name}"; '
             'nearest: optimizer.name = "adamw"'
         )
-    if recipe.parallel.sharding != "none" or recipe.parallel.tensor > 1:
+    if recipe.parallel.sharding not in ("none", "zero2", "zero3") or recipe.parallel.tensor > 1:
         raise RecipeError(
-            'optimizer.rounding = "stochastic" steps whole weights, and each device would round its copy or part by '
-            'other chances; nearest: optimizer.rounding = "nearest"'
+            'optimizer.rounding = "stochastic" rounds by chance, and devices that have copies of a weight would each '
+            'round it otherwise; nearest: optimizer.rounding = "nearest", or parallel.sharding = "zero3" alone'
         )
 
 
@@ -283,10 +284,10 @@ def _check_parallel(recipe: "Recipe") -> None:
 
 def _check_divided(recipe: "Recipe") -> None:
     """What does not work on parts of tensors."""
-    if recipe.optimizer.name not in ("adamw", "sgd", "lion"):
+    if recipe.optimizer.name == "adafactor":
         raise RecipeError(
-            f'optimizer.name = "{recipe.optimizer.name}" takes means or scales over elements that are on different '
-            'devices; nearest: optimizer.name = "adamw"'
+            'optimizer.name = "adafactor" takes means over elements that are on different devices; '
+            'nearest: optimizer.name = "adamw8bit"'
         )
     if recipe.method == "qat":
         raise RecipeError(

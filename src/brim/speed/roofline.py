@@ -66,8 +66,10 @@ def crossing(spec: ModelSpec, recipe: Recipe) -> Crossing:
 
     optimizer: gradients to the host and weights back, once a step. Of each micro-batch, weights: those of blocks twice
     to the device (forward, and backward or what it runs again), gradients to the host; activations: there and back.
+    A rank has its part of weights and gradients.
     """
-    memory, trained = recipe.memory, trained_parameters(spec, recipe)
+    memory, ranks = recipe.memory, recipe.parallel.state_shards
+    trained = trained_parameters(spec, recipe) // ranks
     element_bytes = FP32 if recipe.plain_format == "fp32" else BF16
     step_bytes, turn_bytes, row_bytes, seconds = 0, 0, 0, 0.0
     if memory.offloads_optimizer:
@@ -75,7 +77,7 @@ def crossing(spec: ModelSpec, recipe: Recipe) -> Crossing:
         seconds = trained * stepped_bytes * state_cost(recipe.optimizer).step_passes / _HOST_BYTES_PER_S
         step_bytes = 2 * trained * element_bytes
     if memory.offloads_weights:
-        turn_bytes = 2 * weights_of_blocks(spec, recipe) + trained * element_bytes
+        turn_bytes = 2 * weights_of_blocks(spec, recipe) // ranks + trained * element_bytes
         step_bytes -= trained * element_bytes
     if memory.offloads_activations:
         row_bytes = 2 * kept_bytes(spec, replace(recipe, micro_batch_size=1))

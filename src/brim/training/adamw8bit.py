@@ -24,8 +24,9 @@ class AdamW8bit(ByParameter):
         self._maps = maps
         self._by_chance = by_chance
 
-    def _step_one(self, parameter: Tensor, gradient: Tensor, *, rate: float, decay: float) -> None:
-        state = self.state[parameter]
+    def _step_one(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], *, rate: float, decay: float
+    ) -> None:
         if not state:
             # on the CPU wherever the parameter is: it is read as a number
             state |= {"step": torch.zeros((), device="cpu"), **new_state(parameter)}

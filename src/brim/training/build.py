@@ -106,16 +106,19 @@ def build(
         summed = [] if divided is None else divide_matrices(base, recipe, divided)
         held = recipe.library.sharding == "fsdp1" and recipe.adapts and recipe.parallel.sharding != "none"
         checkpoint_blocks(base, recipe.memory.activation_checkpointing, held=held)
-        at_home = offload_blocks(base, recipe.memory, place)
-    model.train()
-    head = OutputHead(
-        base,
-        task=recipe.task,
-        chunked=recipe.memory.loss == "chunked",
-        library=recipe.library,
-        teacher_share=recipe.qat.teacher_share,
-    )
-    loss = shard(LossModule(model, head), recipe, ranks)
+        divides_weights = recipe.parallel.divides_weights and ranks.data_count > 1
+        at_home = offload_blocks(base, recipe.memory, place, gathered=divides_weights)
+        model.train()
+        head = OutputHead(
+            base,
+            task=recipe.task,
+            chunked=recipe.memory.loss == "chunked",
+            library=recipe.library,
+            teacher_share=recipe.qat.teacher_share,
+        )
+        loss = shard(LossModule(model, head), recipe, ranks)
+    if divides_weights and recipe.memory.offloads_weights:
+        at_home = list(model.parameters())
     owners.claim("weights", [*model.parameters(), *model.buffers()])
     owners.switch("optimizer")
     optimizer = _stepper(model, recipe, ranks, at_home)

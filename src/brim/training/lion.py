@@ -15,8 +15,9 @@ _BETAS = (0.9, 0.99)
 class Lion(ByParameter):
     """m: momentum, g: gradient. p -= rate * (sign(0.9 m + 0.1 g) + decay p), then m = 0.99 m + 0.01 g."""
 
-    def _step_one(self, parameter: Tensor, gradient: Tensor, *, rate: float, decay: float) -> None:
-        state = self.state[parameter]
+    def _step_one(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], *, rate: float, decay: float
+    ) -> None:
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter)
         momentum = state["exp_avg"]

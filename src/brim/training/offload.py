@@ -162,16 +162,19 @@ class _Fetch(torch.autograd.Function):
             return torch.empty(here.shape, dtype=here.dtype, device="cpu").copy_(here), None
 
 
-def offload_blocks(base: PreTrainedModel, memory: Memory, device: torch.device) -> list[nn.Parameter]:
+def offload_blocks(
+    base: PreTrainedModel, memory: Memory, device: torch.device, *, gathered: bool
+) -> list[nn.Parameter]:
     """Move what the recipe says to the host; returns the parameters that are there for good. After checkpointing.
 
     Where weights are offloaded, the whole model is on the host, and what is outside of blocks is brought to the device.
+    `gathered`: weights are gathered from ranks when they are needed, and who gathers them fetches them, too.
     """
     if not (memory.offloads_weights or memory.offloads_activations):
         return []
     crossing, blocks = Crossing(device, keeps=memory.offloads_activations), _blocks(base)
-    if not memory.offloads_weights:
-        for block in blocks:
+    if gathered or not memory.offloads_weights:
+        for block in blocks if memory.offloads_activations else ():
             _surround(block, _keeping(crossing, block))
         return []
     for block in blocks:

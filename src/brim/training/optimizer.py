@@ -24,6 +24,7 @@ from brim.layers.blockwise_adam import Maps, new_state
 from brim.memory import owners
 from brim.recipe import Optimizer
 from brim.training.adamw8bit import AdamW8bit
+from brim.training.by_parameter import ByParameter
 from brim.training.copies import Shares
 from brim.training.lion import Lion
 from brim.training.parts import part_of, placed_like, spread_of
@@ -161,7 +162,10 @@ class Stepper:
             if stepped is not parameter:
                 with torch.no_grad():
                     # rounded where it is: what crosses to a device should need no room of its own there
-                    parameter.copy_(stepped.to(parameter.dtype) if self._on_host else stepped)
+                    if self._on_host:
+                        part_of(parameter).copy_(stepped.to(parameter.dtype))
+                    else:
+                        parameter.copy_(stepped)
 
     def _stepped(self, index: int) -> nn.Parameter:
         return (self._masters or self._parameters)[index]
@@ -211,7 +215,7 @@ class Stepper:
                             "cpu" if key in _READ_AS_NUMBERS.get(self._settings.name, ()) else parameter.device,
                             copy=True,
                         ),
-                        parameter,
+                        part_of(parameter) if isinstance(optimizer, ByParameter) else parameter,
                     )
                     for key, model in models.items()
                 }
@@ -275,9 +279,9 @@ def _states_of(parameter: Tensor, settings: Optimizer) -> dict[str, Tensor]:
 
 
 def _host_copy(tensor: Tensor, *, in_fp32: bool) -> Tensor:
-    """In host memory, and FP32 if asked: made so there, since a cast on the device would take room on it."""
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    copied.copy_(tensor.detach())
+    """This rank's part in host memory, in FP32 if asked: made so there, a cast on the device would take room on it."""
+    here = part_of(tensor.detach())
+    copied = torch.empty(here.shape, dtype=here.dtype, device="cpu").copy_(here)
     return copied.float() if in_fp32 else copied
 
 

@@ -18,6 +18,13 @@ def spread_of(tensor: Tensor) -> DeviceMesh | None:
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
+def spread_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient, spread over ranks as its parameter is: a sum over them may be still to be made."""
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        return gradient.redistribute(placements=parameter.placements)
+    return gradient
+
+
 def placed_like(part: Tensor, model: Tensor) -> Tensor:
     """A part as the tensor that is spread like `model`; the part itself where the model is not spread, or has another
     shape (an optimizer's count of steps)."""

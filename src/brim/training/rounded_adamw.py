@@ -20,8 +20,9 @@ _MOST_PARTS = 16
 class RoundedAdamW(ByParameter):
     """States: `exp_avg` and `exp_avg_sq` in the parameter's format, and `step`, as torch's AdamW has them."""
 
-    def _step_one(self, parameter: Tensor, gradient: Tensor, *, rate: float, decay: float) -> None:
-        state = self.state[parameter]
+    def _step_one(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], *, rate: float, decay: float
+    ) -> None:
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from brim.layers.packed_experts import PackedExperts
@@ -23,6 +23,7 @@ from brim.training.copies import copied
 from brim.training.gloo import GatherByBroadcast, ReduceInPlace
 from brim.training.head import LossModule
 from brim.training.ranks import Ranks
+from brim.training.shards_at_home import bring_buffers, keep_parts_at_home
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -52,6 +53,11 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
         # Gradients are added up in FP32: over hundreds of ranks, BF16 would lose them.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings: dict[str, Any] = {"mesh": ranks.data, "mp_policy": policy}
+    at_home = recipe.memory.offloads_weights
+    if at_home:
+        assert ranks.data is not None
+        bring_buffers(root, torch.device(ranks.data.device_type))
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=not ranks.over_gloo and torch.cuda.is_available())
     for module in root.modules():
         if isinstance(module, PackedLinear | PackedExperts):
             module.make_codes_divisible()
@@ -67,6 +73,8 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
                 module.set_custom_all_gather(GatherByBroadcast())
                 module.set_custom_reduce_scatter(ReduceInPlace())
             _watch(module)
+            if at_home:
+                keep_parts_at_home(module)
             if recipe.library.sharding == "fsdp1" and recipe.adapts:
                 _gather_no_block_ahead(module)
     return root

@@ -63,6 +63,16 @@ TWO: dict[str, tuple[str, ...]] = {
     "tensor, mixed, chunked": over(2, "none", TENSOR, "precision.weights=fp32", "memory.loss=chunked"),
     "zero3, lora, fsdp1": over(2, "zero3", "method=lora", CHECKPOINTED, "library.sharding=fsdp1", *FP32),
     "zero3, qlora": over(2, "zero3", "method=qlora", "precision.weights=nf4", "precision.compute=fp32"),
+    "zero3, master on the host": over(2, "zero3", "memory.offload=optimizer", "precision.master=fp32"),
+    "zero2, activations on the host": over(2, "zero2", "memory.offload=activations", *FP32),
+    "zero3, all on the host": over(
+        2, "zero3", "memory.offload=all", "precision.weights=fp32", "memory.loss=chunked", "grad_accumulation=2"
+    ),
+    "zero2, adamw8bit, by chance": over(2, "zero2", "optimizer.name=adamw8bit", "optimizer.rounding=stochastic"),
+    "tensor, adamw8bit": over(2, "none", TENSOR, "optimizer.name=adamw8bit"),
+    "zero3, base on the host": over(
+        2, "zero3", "memory.offload=weights", "method=qlora", "precision.weights=nf4", "precision.compute=fp32"
+    ),
 }
 FOUR: dict[str, tuple[str, ...]] = {
     "zero3 x tensor": over(4, "zero3", TENSOR, *FP32),
