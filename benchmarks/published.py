@@ -172,13 +172,15 @@ def _parallel(row: Row) -> list[str]:
     text = row["parallelism"]
     if text == "none" and row["n_gpus"] in ("1", ""):
         return []
-    plain = re.fullmatch(r"fsdp(\d+)( FULL_SHARD \(BACKWARD_PRE\)| full_shard| \(FSDP2\))?", text)
+    plain = re.fullmatch(r"fsdp(\d+)( FULL_SHARD \(BACKWARD_PRE\)| full_shard| \(FSDP2\))?(?: \+ (cpu offload))?", text)
     if plain is None:
         raise Missing(f"sharding: {re.sub('[0-9]+', 'N', text)}")
     settings = ["parallel.sharding=zero3", f"parallel.devices_per_node={plain[1]}"]
     # Lightning's checkpoints are not reentrant, torchtitan and torchtune have FSDP2
     if row["source_repo_or_paper"].startswith(_FSDP1):
         settings.append("library.sharding=fsdp1")
+    if plain[3]:
+        settings.append("memory.offload=weights")
     return settings
 
 
@@ -273,6 +275,8 @@ def _precision(row: Row) -> list[str]:
 
 
 def _optimizer(row: Row) -> list[str]:
+    if row["parallelism"].endswith("cpu offload"):
+        return []  # it steps on the host, one by one
     if row["optimizer"] == "Adafactor":
         return ["optimizer.name=adafactor"]
     if row["optimizer"] == "AdamW (fused)":
