@@ -109,13 +109,7 @@ def build(
         divides_weights = recipe.parallel.divides_weights and ranks.data_count > 1
         at_home = offload_blocks(base, recipe.memory, place, gathered=divides_weights)
         model.train()
-        head = OutputHead(
-            base,
-            task=recipe.task,
-            chunked=recipe.memory.loss == "chunked",
-            library=recipe.library,
-            teacher_share=recipe.qat.teacher_share,
-        )
+        head = _head(base, recipe)
         loss = shard(LossModule(model, head), recipe, ranks)
     if divides_weights and recipe.memory.offloads_weights:
         at_home = list(model.parameters())
@@ -135,6 +129,16 @@ def build(
         device=place,
         ranks=ranks,
         summed=[parameter for module in summed for parameter in module.parameters() if parameter.requires_grad],
+    )
+
+
+def _head(base: PreTrainedModel, recipe: Recipe) -> OutputHead:
+    return OutputHead(
+        base,
+        task=recipe.task,
+        chunked=recipe.memory.loss == "chunked",
+        library=recipe.library,
+        teacher_share=recipe.qat.teacher_share,
     )
 
 
