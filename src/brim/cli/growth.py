@@ -40,7 +40,7 @@ def command(
     ] = None,
     since: Annotated[int, typer.Option(min=2018, max=_LATEST_START, help="Fit the years from here on, too.")] = TURN,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the history: FILE.svg or FILE.png.", show_default=False)
+        Path | None, typer.Option(help="Draw the history: FILE.svg, FILE.png or FILE.html.", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:

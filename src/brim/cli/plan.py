@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from brim.cli import console, costs, limits, options, planned
+from brim.cli import console, costs, curves, limits, options, picture, planned
 from brim.cli.answered import rehearsed
 from brim.hardware.catalogue import lookup
 from brim.memory.bands import DEFAULT_RISK
@@ -65,28 +65,28 @@ def command(
     tensor: options.Tensor = None,
     quick: Quick = False,
     reach: Reach = False,
+    plot: curves.Plot = None,
     anew: options.Anew = False,
     json: options.Json = False,
 ) -> None:
     """Rank the recipes that fit a memory budget, and say why the others do not."""
+    picture.check(plot)
     named = {"precision.weights": weights, "parallel.tensor": tensor}
-    pinned = [f"{key}={value}" for key, value in named.items() if value is not None]
-    constraints = Constraints(
-        method=method, seq_len=seq_len, global_batch_size=global_batch_size, settings=(*pinned, *(settings or ()))
-    )
+    pinned = (*(f"{key}={value}" for key, value in named.items() if value is not None), *(settings or ()))
+    constraints = Constraints(method=method, seq_len=seq_len, global_batch_size=global_batch_size, settings=pinned)
     num_tokens = None if tokens is None else parse_count(tokens, what="--tokens")
-    cap = parse_bytes(memory) if memory is not None else None
-    spec = describe(model)
-    names: list[str | None] = [*gpu] if gpu else [None]
-    offers = [_offer(device, name, cap, gpus or 1, nodes or 1, quick=quick) for name in names]
+    spec, cap = describe(model), None if memory is None else parse_bytes(memory)
+    offers = [_offer(device, name, cap, gpus or 1, nodes or 1, quick=quick) for name in gpu or (None,)]
     try:
         result = _search(spec, offers, risk, constraints, goal, anew=anew, quick=quick)
     except NothingFitsError as error:
+        curves.draw(plot, spec, error.plan, offers, risk)
         if json:
             console.print_json(error.plan.to_dict())
         elif reach:
             limits.show(limits.of(spec, offers[0], constraints), offers[0].device)
         raise
+    curves.draw(plot, spec, result, offers, risk)
     if save is not None:
         write_whole(save, Recipe.from_dict(result.recipes[0].recipe).to_toml())
     reached = limits.of(spec, offers[0], constraints) if reach else None

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from brim.growth.fit import CONFIDENCE, Growth
 from brim.growth.trends import Trend
+from brim.memory.picture import save
 
 _ROOM_BELOW = 20
 """Factor under the least value: where the legend covers no dot."""
@@ -18,15 +18,14 @@ _DOTS, _OVERALL, _SINCE = "#56B4E9", "#999999", "#D55E00"
 
 
 def draw_trends(path: Path, trends: Sequence[Trend], *, since: int) -> None:
-    """Write FILE.svg or FILE.png: one panel per quantity on a logarithmic axis."""
+    """Write FILE.svg, .png or .html: one panel per quantity on a logarithmic axis."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flatten()
     for axes, trend in zip(panels, trends, strict=True):
         _draw(axes, trend, since)
-    figure.suptitle(f"Released language models; lines: least squares of logarithms ({CONFIDENCE:.0%} intervals)")
-    with rc_context({"svg.hashsalt": "brim"}):
-        # no date in the file: the same data give the same picture
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    title = f"Released language models; lines: least squares of logarithms ({CONFIDENCE:.0%} intervals)"
+    figure.suptitle(title)
+    save(figure, path, title)
 
 
 def _draw(axes: Axes, trend: Trend, since: int) -> None:

@@ -17,7 +17,7 @@ from brim.report import LEDGER_LINES, Ledger
 from brim.units import GIB, format_bytes
 
 # Okabe and Ito's palette: told apart by colour-blind readers, too. One colour per ledger line, in its order.
-_COLOURS = dict(
+COLOURS = dict(
     zip(
         LEDGER_LINES,
         ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#999999", "#F0E442", "#000000"),
@@ -70,16 +70,16 @@ def draw_ledgers(
     drawn = {line for line in LEDGER_LINES if _is_seen(line, bars)}
     if trace is not None:
         drawn |= {line for line, heights in timeline(trace).lines.items() if max(heights) > 0.01 * trace.peak_bytes}
-    handles = [Patch(color=_COLOURS[line], label=line) for line in LEDGER_LINES if line in drawn]
+    handles = [Patch(color=COLOURS[line], label=line) for line in LEDGER_LINES if line in drawn]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
-def _save(figure: Figure, path: Path, title: str) -> None:
-    """A page is the drawing itself between two tags: it needs no network."""
+def save(figure: Figure, path: Path, title: str) -> None:
+    """Write FILE.svg, .png or .html. A page is the drawing itself between two tags: it needs no network."""
     with rc_context({"svg.hashsalt": "brim"}):
         if path.suffix != ".html":
-            # no date in the file: the same ledgers give the same picture
+            # no date in the file: the same figures give the same picture
             figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
             return
         drawing = StringIO()
@@ -92,7 +92,7 @@ def _save(figure: Figure, path: Path, title: str) -> None:
 def _draw_timeline(axes: Axes, seen: Timeline, budget_bytes: int | None) -> None:
     """Stacked areas in the ledger's order, the highest moment marked."""
     heights = [[nbytes / GIB for nbytes in seen.lines[line]] for line in LEDGER_LINES]
-    axes.stackplot(seen.moments, heights, colors=[_COLOURS[line] for line in LEDGER_LINES], linewidth=0, step="post")
+    axes.stackplot(seen.moments, heights, colors=[COLOURS[line] for line in LEDGER_LINES], linewidth=0, step="post")
     moment, peak = seen.moments[seen.peak], sum(line[seen.peak] for line in heights)
     axes.plot([moment], [peak], marker="v", color="black", markersize=7, clip_on=False)
     late = moment > 0.6 * seen.moments[-1]
@@ -119,11 +119,11 @@ def _is_seen(line: str, bars: Mapping[str, Ledger]) -> bool:
 def _draw_bar(axes: Axes, row: int, ledger: Ledger, extent: int) -> None:
     start = 0
     for line, nbytes in ledger.to_dict().items():
-        axes.barh(row, nbytes / GIB, left=start / GIB, color=_COLOURS[line], height=0.6)
+        axes.barh(row, nbytes / GIB, left=start / GIB, color=COLOURS[line], height=0.6)
         if nbytes > _NARROWEST_LABEL * extent:
             middle = (start + nbytes / 2) / GIB
             axes.text(
-                middle, row, format_bytes(nbytes), ha="center", va="center", color=_ink(_COLOURS[line]), fontsize=9
+                middle, row, format_bytes(nbytes), ha="center", va="center", color=_ink(COLOURS[line]), fontsize=9
             )
         start += nbytes
 
