@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from brim.cli import main
@@ -49,9 +50,11 @@ def test_a_picture_shows_the_peaks_and_the_budget(found: dict[str, Curve]) -> No
     figure = figure_of(list(found.values()), best, title="t")
     for curve, axes in zip(found.values(), figure.axes, strict=False):
         peaks, budget, dot = axes.get_lines()
-        assert [round(y * GIB) for y in peaks.get_ydata()] == [p.peak.highest_bytes for _, p in curve.points]
-        assert set(budget.get_ydata()) == {24.0}
-        assert list(dot.get_xdata()) == [curve.now]
+        assert [round(y * GIB) for y in np.asarray(peaks.get_ydata()).tolist()] == [
+            p.peak.highest_bytes for _, p in curve.points
+        ]
+        assert set(np.asarray(budget.get_ydata()).tolist()) == {24.0}
+        assert np.asarray(dot.get_xdata()).tolist() == [curve.now]
 
 
 def test_a_plan_is_drawn_even_where_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

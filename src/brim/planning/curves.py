@@ -18,8 +18,8 @@ _HIGHEST_RANK = 512
 _COUNTS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 _IN_A_NODE = 8
 _STEPS_PER_DOUBLING = 3
-_SHOWN = 1.7
-"""Times the budget: a curve ends beyond it."""
+SHOWN = 1.7
+"""Times the budget, or the recipe's own peak where that is higher: a curve ends beyond it."""
 
 Settings = Callable[[int], Iterable[str]]
 
@@ -46,6 +46,9 @@ def curves(
 ) -> tuple[Curve, ...]:
     """Of all that goes with the recipe, the model and the device."""
 
+    own = estimate(spec, recipe, device=device, budget_bytes=budget_bytes, risk=risk)
+    most_bytes = SHOWN * max(budget_bytes, own.peak.highest_bytes)
+
     def curve(name: str, values: Iterable[int], now: int, settings: Settings) -> Curve:
         points = []
         for value in sorted({*values, now}):
@@ -55,7 +58,7 @@ def curves(
                 continue
             found = estimate(spec, changed, device=device, budget_bytes=budget_bytes, risk=risk)
             points.append((value, found))
-            if value > now and found.peak.highest_bytes > _SHOWN * budget_bytes:
+            if value > now and found.peak.highest_bytes > most_bytes:
                 break
         return Curve(name=name, points=tuple(points), now=now)
 
@@ -72,12 +75,19 @@ def curves(
         ranks = _doublings(1, _HIGHEST_RANK)
         found.append(curve("rank of the adapters", ranks, recipe.lora.rank, lambda value: (f"lora.rank={value}",)))
     if device.kind != "cpu":
-        found.append(curve("GPUs", _COUNTS, recipe.parallel.devices, lambda value: _spread(recipe, value)))
+        alone = recipe.parallel.devices == 1 and (recipe.memory.offload != "none" or recipe.optimizer.in_backward)
+        name = "GPUs; of several, nothing offloaded, stepped after backward" if alone else "GPUs"
+        found.append(curve(name, _COUNTS, recipe.parallel.devices, lambda value: _spread(recipe, value)))
     return tuple(one for one in found if len(one.points) > 1)
 
 
 def _spread(recipe: Recipe, count: int) -> Iterator[str]:
-    """Everything shared among them, unless the recipe says what is; those that share matrices stay as many."""
+    """Everything shared among them, unless the recipe says what is; those that share matrices stay as many.
+
+    What only one device can do is left.
+    """
+    if count > 1:
+        yield from ("memory.offload=none", "optimizer.in_backward=false")
     sharding = recipe.parallel.sharding if recipe.parallel.sharding != "none" else "zero3"
     yield f"parallel.devices_per_node={min(count, _IN_A_NODE)}"
     yield f"parallel.nodes={max(1, count // _IN_A_NODE)}"

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from brim.memory.picture import COLOURS, save
-from brim.planning.curves import Curve
+from brim.planning.curves import SHOWN, Curve
 from brim.planning.estimate import upper_bound
 from brim.report import LEDGER_LINES, Prediction
 from brim.units import GIB, format_bytes
@@ -56,7 +56,8 @@ def _draw(axes: Axes, curve: Curve, best: Prediction) -> None:
     axes.plot([curve.now], [best.peak.highest_bytes / GIB], marker="o", color="black", markersize=6, clip_on=False)
     axes.set_xscale("log", base=2)
     axes.set_xlim(values[0], values[-1])
-    axes.set_ylim(0, 1.1 * max(budget, min(max(peaks), 1.7 * budget)))
+    needed = max(budget, best.peak.highest_bytes / GIB)
+    axes.set_ylim(0, 1.1 * max(needed, min(max(peaks), SHOWN * needed)))
     ticks = _ticks(values)
     axes.set_xticks(ticks)
     axes.xaxis.set_minor_locator(NullLocator())
