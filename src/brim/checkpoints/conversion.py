@@ -58,7 +58,9 @@ class Conversion:
     row_elements: int
     """Elements of the source that must be encoded together; all that share a scale, for one. 1: any number."""
     row_bytes: tuple[int, ...]
-    """What one row becomes, in each output."""
+    """What one row becomes, in each output; or `rows_together` of them."""
+    rows_together: int = 1
+    """Rows whose outputs share bytes: zero points are packed down the rows. The last may be fewer."""
     work_bytes: int = 16
     """Memory that `encode` takes, for each element, beside the block itself."""
     constants: tuple[tuple[TensorSpec, bytes], ...] = ()
@@ -69,8 +71,15 @@ class Conversion:
     """Of the elements, where the first output's dtype does not say it: several are packed into one of its elements."""
     integers: Integers | None = None
     """Where the outputs are codes and scales, which calibration may choose."""
+    by_bounds: Callable[[float, float], "Conversion"] | None = None
+    """Where one scale is for the whole tensor: the conversion, told the tensor's least and greatest element."""
     encode_placed: EncodePlaced | None = None
     """In place of `encode`, for rows whose codes were chosen beforehand."""
+
+    @property
+    def unit_elements(self) -> int:
+        """Elements of the source whose outputs are bytes of their own."""
+        return self.row_elements * self.rows_together
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

@@ -32,6 +32,7 @@ from brim.checkpoints.stream import (
     readings_of,
     verify,
 )
+from brim.checkpoints.survey import surveyed
 from brim.checkpoints.targets import CalibrationText, Family, ScaleChoice, Target, Wanted
 from brim.checkpoints.workplace import (
     Jobs,
@@ -60,6 +61,7 @@ def quantize(
     granularity: Granularity | None = None,
     layout: Family | None = None,
     scales: ScaleChoice = "absmax",
+    symmetric: bool = True,
     calibration: CalibrationText | None = None,
     mixture: Mixture = NO_MIXTURE,
     unpickle: bool = False,
@@ -71,10 +73,10 @@ def quantize(
     """Write the model in directory `source` to the new directory `output`, its floats as FP16 or BF16, or its linear
     weights as INT8, INT4, FP8 or MXFP4 (compressed-tensors), INT8 or FP8 (torchao), INT8 or NF4 (bitsandbytes), or all
     of it in one GGUF file; tokenizer, generation settings and licences go along. `layout` None: the format's default.
-    `granularity` is that of integers; None: INT8 by channel, INT4 by groups of 32. `scales` says how theirs are chosen;
-    `calibration` is the text that "calibrated" needs, and what that decides is kept beside the output until it is done.
-    `mixture` says which linear weights get another of these integers, or stay. `unpickle` reads the weights from
-    PyTorch's .bin files.
+    `granularity` is that of scales; None: INT8 and FP8 by channel, INT4 by groups of 32. `scales` says how those of
+    integers are chosen, `symmetric` whether code 0 is their zero; `calibration` is the text that "calibrated" needs,
+    and what that decides is kept beside the output until it is done. `mixture` says which linear weights get another of
+    these integers, or stay. `unpickle` reads the weights from PyTorch's .bin files.
 
     Takes at most `memory_bytes` beside what the interpreter has. `progress` counts bytes read from the source and back
     from the output. The output appears whole or not at all. With `resume`, what a killed run did is not done again,
@@ -85,7 +87,7 @@ def quantize(
     be resumed.
     """
     (report,) = _quantize(
-        source, output, {".": Wanted(to, layout)}, _Asked(granularity, scales, mixture),
+        source, output, {".": Wanted(to, layout)}, _Asked(granularity, scales, symmetric, mixture),
         calibration=calibration, unpickle=unpickle, memory_bytes=memory_bytes, resume=resume, progress=progress,
         calibration_progress=calibration_progress,
     )  # fmt: skip
@@ -99,6 +101,7 @@ def quantize_all(
     *,
     granularity: Granularity | None = None,
     scales: ScaleChoice = "absmax",
+    symmetric: bool = True,
     mixture: Mixture = NO_MIXTURE,
     unpickle: bool = False,
     memory_bytes: int = MEMORY_BYTES,
@@ -110,8 +113,8 @@ def quantize_all(
     Each has a directory of its own in the new directory `output`, named FORMAT-LAYOUT. All of them appear, or none.
     """
     return _quantize(
-        source, output, {each.name: each for each in wanted}, _Asked(granularity, scales, mixture), calibration=None,
-        unpickle=unpickle, memory_bytes=memory_bytes, resume=resume, progress=progress,
+        source, output, {each.name: each for each in wanted}, _Asked(granularity, scales, symmetric, mixture),
+        calibration=None, unpickle=unpickle, memory_bytes=memory_bytes, resume=resume, progress=progress,
         calibration_progress=no_progress,
     )  # fmt: skip
 
@@ -121,6 +124,7 @@ class _Asked(NamedTuple):
 
     granularity: Granularity | None
     scales: ScaleChoice
+    symmetric: bool
     mixture: Mixture
 
 
@@ -151,6 +155,7 @@ def _quantize(
                 progress=calibration_progress,
             )  # fmt: skip
             jobs = {name: decided.applied_to(job)}
+        jobs = surveyed(jobs, memory_bytes=memory_bytes)
         readings = readings_of([job.conversions for job in jobs.values()])
         workers = count_workers(readings, memory_bytes=memory_bytes)
         go_on = check_workplace(partial, jobs, output=output, resume=resume)
@@ -208,6 +213,7 @@ def audit(
     granularity: Granularity | None = None,
     layout: Family | None = None,
     scales: ScaleChoice = "absmax",
+    symmetric: bool = True,
     mixture: Mixture = NO_MIXTURE,
     unpickle: bool = False,
     memory_bytes: int = MEMORY_BYTES,
@@ -218,8 +224,8 @@ def audit(
     `progress` counts bytes read from the source. Raises what `quantize` does on account of the source.
     """
     (report,) = audit_all(
-        source, [Wanted(to, layout)], granularity=granularity, scales=scales, mixture=mixture, unpickle=unpickle,
-        memory_bytes=memory_bytes, progress=progress,
+        source, [Wanted(to, layout)], granularity=granularity, scales=scales, symmetric=symmetric, mixture=mixture,
+        unpickle=unpickle, memory_bytes=memory_bytes, progress=progress,
     )  # fmt: skip
     return report
 
@@ -230,6 +236,7 @@ def audit_all(
     *,
     granularity: Granularity | None = None,
     scales: ScaleChoice = "absmax",
+    symmetric: bool = True,
     mixture: Mixture = NO_MIXTURE,
     unpickle: bool = False,
     memory_bytes: int = MEMORY_BYTES,
@@ -239,7 +246,10 @@ def audit_all(
     if scales == "calibrated":
         raise UsageError("--audit looks at weights alone; leave --scales calibrated away, or use --scales mse")
     spec, stored = _read(source, unpickle)
-    jobs = _plan(source, spec, stored, {each.name: each for each in wanted}, _Asked(granularity, scales, mixture))
+    jobs = _plan(
+        source, spec, stored, {each.name: each for each in wanted}, _Asked(granularity, scales, symmetric, mixture)
+    )
+    jobs = surveyed(jobs, memory_bytes=memory_bytes)
     readings = readings_of([job.conversions for job in jobs.values()])
     collected = _Collected(jobs, readings, progress, read_back=False)
     workers = count_workers(readings, memory_bytes=memory_bytes)

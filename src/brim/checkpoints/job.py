@@ -19,7 +19,7 @@ from brim.errors import UsageError
 from brim.models.directory import INDEX, StoredTensor, checked_file
 from brim.models.files import read_json_object
 from brim.models.spec import ModelSpec
-from brim.numerics.granularity import Granularity, PerGroup, PerTensor
+from brim.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 CONFIG = "config.json"
 
@@ -46,6 +46,7 @@ def plan_job(
     granularity: Granularity | None = None,
     layout: Family | None = None,
     scales: ScaleChoice = "absmax",
+    symmetric: bool = True,
     mixture: Mixture = NO_MIXTURE,
 ) -> Job:
     """Raises UsageError for a source that is quantized already, in which nothing would change, or whose rows the
@@ -55,8 +56,9 @@ def plan_job(
         raise UsageError(f"{source} has a config.json but no weights; copy its safetensors files beside it")
     _check_unquantized(source, config, stored)
     family = checked_layout(to, layout)
-    _check_granularity(to, family, granularity)
+    _check_granularity(to, family, granularity, scales, symmetric)
     _check_scales(to, family, scales)
+    _check_symmetric(to, family, scales, symmetric)
     _check_mixture(to, family, mixture)
     if family == "gguf":
         conversions, file = plan_gguf(source, spec, config, stored, to=to)
@@ -69,11 +71,13 @@ def plan_job(
         conversions = tuple(_to_float(tensor, to) for tensor in stored)
         planned = Planned(conversions, plain.config(config, to=to), "plain")
     elif to == "fp8":
-        planned = plan_fp8(spec, stored, config)
+        planned = plan_fp8(spec, stored, config, granularity=granularity)
     elif to == "mxfp4":
         planned = plan_mxfp4(spec, stored, config)
     else:
-        planned = plan_integers(spec, stored, config, to, granularity=granularity, scales=scales, mixture=mixture)
+        planned = plan_integers(
+            spec, stored, config, to, granularity=granularity, scales=scales, symmetric=symmetric, mixture=mixture
+        )
     conversions, config, name, metadata = planned
     if all(c.outputs == (c.source.spec,) and c.source.path.suffix == ".safetensors" for c in conversions):
         raise UsageError(f"{source} has {_nothing(spec, to)}")
@@ -81,21 +85,26 @@ def plan_job(
     texts = {CONFIG: as_json(config)}
     if index := index_of(files):
         texts[INDEX] = as_json(index)
-    return Job(conversions, files, texts, to, name, settings=f"{to} {name} {granularity} {scales} {mixture}")
+    return Job(
+        conversions, files, texts, to, name, settings=f"{to} {name} {granularity} {scales} {symmetric} {mixture}"
+    )
 
 
-def _check_granularity(to: Target, family: Family, granularity: Granularity | None) -> None:
+def _check_granularity(
+    to: Target, family: Family, granularity: Granularity | None, scales: ScaleChoice, symmetric: bool
+) -> None:
     if granularity is None:
         return
     if to not in DEFAULT_GRANULARITY:
         raise UsageError(f"--to {to} leaves no choice of granularity, so it has no effect; leave it away")
-    if isinstance(granularity, PerTensor):
-        # A block is encoded when it is read; a scale for the whole tensor would take reading it twice, for less.
-        raise UsageError("granularity tensor is less exact than channel and no smaller to speak of; use channel")
-    if isinstance(granularity, PerGroup) and family != "compressed-tensors":
+    if not isinstance(granularity, PerChannel) and family != "compressed-tensors":
         raise UsageError(f"{family}'s {to.upper()} has absmax scales by channel; leave --granularity away")
     if isinstance(granularity, PerGroup) and to == "fp8":
-        raise UsageError("FP8 has a scale per channel in the layout that readers know; leave --granularity away")
+        raise UsageError(
+            "FP8 has a scale per channel or tensor in the layout that readers know; leave --granularity away"
+        )
+    if isinstance(granularity, PerTensor) and (scales != "absmax" or not symmetric):
+        raise UsageError("--granularity tensor has absmax scales and no zero points; use channel for others")
 
 
 def _check_scales(to: Target, family: Family, scales: ScaleChoice) -> None:
@@ -105,6 +114,17 @@ def _check_scales(to: Target, family: Family, scales: ScaleChoice) -> None:
         raise UsageError(f"--scales {scales} is for integers, and --to is {to}; leave it away, or use int8 or int4")
     if family != "compressed-tensors":
         raise UsageError(f"{family}'s INT8 has absmax scales by channel here; leave --scales away")
+
+
+def _check_symmetric(to: Target, family: Family, scales: ScaleChoice, symmetric: bool) -> None:
+    if symmetric:
+        return
+    if to not in ("int8", "int4") or family != "compressed-tensors":
+        raise UsageError("--asymmetric is for int8 and int4 of compressed-tensors; leave it away")
+    if scales != "absmax":
+        raise UsageError(
+            f"--asymmetric takes its scales from the least and greatest elements; leave --scales {scales} away"
+        )
 
 
 def _check_mixture(to: Target, family: Family, mixture: Mixture) -> None:

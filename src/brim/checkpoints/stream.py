@@ -67,7 +67,7 @@ class Reading(NamedTuple):
     @property
     def row_elements(self) -> int:
         """Whole rows of all conversions."""
-        return math.lcm(*(conversion.row_elements for conversion in self.conversions))
+        return math.lcm(*(conversion.unit_elements for conversion in self.conversions))
 
     @property
     def block_elements(self) -> int:
@@ -99,7 +99,7 @@ class Chunk(NamedTuple):
 
     def spans(self, conversion: Conversion) -> tuple[tuple[int, int], ...]:
         """For each of its outputs: the first byte, and the number of bytes, of what the rows become."""
-        begin, end = (-(-element // conversion.row_elements) for element in (self.first, self.first + self.elements))
+        begin, end = (-(-element // conversion.unit_elements) for element in (self.first, self.first + self.elements))
         return tuple(
             (begin * row_bytes, min(spec.nbytes, end * row_bytes) - begin * row_bytes)
             for spec, row_bytes in zip(conversion.outputs, conversion.row_bytes, strict=True)

@@ -13,7 +13,7 @@ from brim.checkpoints.targets import ScaleChoice, Target
 from brim.errors import UsageError
 from brim.models.directory import StoredTensor
 from brim.models.spec import ModelSpec
-from brim.numerics.granularity import Granularity
+from brim.numerics.granularity import Granularity, PerTensor
 from brim.units import Progress, no_progress
 
 _FORMATS: tuple[Target, ...] = ("int8", "int4")
@@ -39,6 +39,8 @@ def within_budget(
     """
     if mixture.formats:
         raise UsageError("--budget chooses the formats itself; leave --format away (--keep may stay)")
+    if isinstance(granularity, PerTensor):
+        raise UsageError("--budget weighs scales by channel or group; leave --granularity tensor away")
     jobs = {
         to: plan_job(source, spec, stored, to, granularity=granularity, scales=scales, mixture=mixture)
         for to in _FORMATS

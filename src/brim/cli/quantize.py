@@ -50,12 +50,15 @@ _Granularity = Annotated[
     str | None,
     typer.Option(
         metavar="HOW",
-        help="What shares a scale: channel or group:SIZE; default: int4 group:32, others channel.",
+        help="What shares a scale: tensor, channel or group:SIZE; default: int4 group:32, others channel.",
         show_default=False,
     ),
 ]
 
 _Scales = Annotated[str, typer.Option(metavar="HOW", help="Of integers: absmax, or mse (least squared error; slower).")]
+_Asymmetric = Annotated[
+    bool, typer.Option("--asymmetric", help="INT8 and INT4 with zero points: from the least element to the greatest.")
+]
 _Keep = Annotated[
     list[str] | None,
     typer.Option(
@@ -107,6 +110,7 @@ def command(
     layout: _Layout = None,
     granularity: _Granularity = None,
     scales: _Scales = "absmax",
+    asymmetric: _Asymmetric = False,
     keep: _Keep = None,
     formats: _Formats = None,
     budget: _Budget = None,
@@ -144,7 +148,7 @@ def command(
         doing = "auditing for" if audit_only else "quantizing to"
         settings["progress"] = bars.enter_context(console.progress(f"{doing} {', '.join(targets)}", in_bytes=True))
         work = _work(source, None if audit_only else place, wanted, text, resume=resume)
-        reports = work(mixture=mixture, unpickle=unpickle, **settings)
+        reports = work(mixture=mixture, symmetric=not asymmetric, unpickle=unpickle, **settings)
     seconds = time.perf_counter() - started
     _draw(plot, reports[0])
     if json:

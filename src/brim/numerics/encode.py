@@ -34,6 +34,18 @@ class Encoded(NamedTuple):
     """Elements that lay past the last code: a scale that its own format rounded down leaves a few."""
 
 
+class EncodedBetween(NamedTuple):
+    """A weight as integers whose zero is a code of its own: decoded, it is `(codes - zero) * scale`."""
+
+    codes: Tensor
+    """int8, shaped as the weight."""
+    scale: Tensor
+    zero: Tensor
+    """int8; shaped, as the scale, as the granularity says."""
+    num_clipped: int
+    """Elements that lay past the last code by half a step or more: a scale rounded down leaves some."""
+
+
 class ChooseScale(Protocol):
     """Fits scales to blocks."""
 
@@ -46,6 +58,12 @@ def all_codes(format: str) -> tuple[int, int]:
     -127: kernels that multiply two INT8 codes in 16 bits (AVX2's vpmaddubsw) overflow with -128."""
     low, high = FORMATS[format].codes
     return (low if high > 7 else -high - 1), high
+
+
+def bit_codes(format: str) -> tuple[int, int]:
+    """Least and greatest code of two's complement: what zero points have use for, INT8's -128 too."""
+    bits = FORMATS[format].element_bits
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def encode_integer(
@@ -74,6 +92,37 @@ def encode_integer(
     num_clipped = int(((rounded < low) | (rounded > high)).sum())
     codes = rounded.clamp_(low, high).to(torch.int8).view(weight_RK.shape)
     return Encoded(codes, scale.view(granularity.scale_shape(_matrix_shape(weight_RK))), num_clipped)
+
+
+def encode_between(
+    weight_RK: Tensor,
+    *,
+    format: str = "int8",
+    granularity: Granularity | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+) -> EncodedBetween:
+    """Asymmetric integers: the first code is the least element and the last one the greatest (or 0, which always has a
+    code), codes rounded half to even as compressed-tensors rounds them (granularity None: per channel)."""
+    granularity = PerChannel() if granularity is None else granularity
+    low, high = bit_codes(format)
+    blocks = _as_blocks(weight_RK.float(), granularity)
+    least, greatest = blocks.amin(dim=-1, keepdim=True).clamp_(max=0), blocks.amax(dim=-1, keepdim=True).clamp_(min=0)
+    # Divided before they are subtracted: the difference may leave FP32's range.
+    step = greatest / (high - low) - least / (high - low)
+    scale = storable_scale(step, largest_code=high - low, dtype=scale_dtype)
+    zero = (low - least / scale.float()).round_().clamp_(low, high)
+    rounded = (blocks / scale.float()).add_(zero).round_()
+    num_clipped = int(((rounded < low) | (rounded > high)).sum())
+    codes = rounded.clamp_(low, high).to(torch.int8).view(weight_RK.shape)
+    shape = granularity.scale_shape(_matrix_shape(weight_RK))
+    return EncodedBetween(codes, scale.view(shape), zero.to(torch.int8).view(shape), num_clipped)
+
+
+def decode_between(codes_RK: Tensor, scale: Tensor, zero: Tensor, *, granularity: Granularity | None = None) -> Tensor:
+    """fp32 values of asymmetric codes (granularity None: per channel)."""
+    blocks = _as_blocks(codes_RK.float(), PerChannel() if granularity is None else granularity)
+    shape = (*blocks.shape[:-1], 1)
+    return ((blocks - zero.float().reshape(shape)) * scale.float().reshape(shape)).view(codes_RK.shape)
 
 
 def decode(codes_RK: Tensor, scale: Tensor, *, granularity: Granularity | None = None) -> Tensor:

@@ -41,6 +41,17 @@ class PerGroup:
 Granularity = PerTensor | PerChannel | PerGroup
 
 
+def granularity_name(granularity: Granularity) -> str:
+    """What `parse_granularity` reads as this one."""
+    match granularity:
+        case PerGroup(size):
+            return f"group:{size}"
+        case PerChannel():
+            return "channel"
+        case PerTensor():
+            return "tensor"
+
+
 def parse_granularity(text: str) -> Granularity:
     """`tensor`, `channel` or `group:32`. Raises UsageError."""
     match text.partition(":"):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from brim.checkpoints.convert import quantize
 from brim.checkpoints.layouts.pack_quantized import pack
+from brim.checkpoints.mixture import parse_mixture
 from brim.checkpoints.targets import Target
 from brim.errors import UsageError
 from brim.numerics.granularity import PerChannel, PerGroup, PerTensor
@@ -60,13 +61,20 @@ def test_transformers_sees_the_nearest_codes(
 
 
 def test_what_does_not_suit_is_refused(tiny: Maker, tmp_path: Path) -> None:
-    """Groups that do not fill a row, one scale for a tensor, scales for floats, and what is packed already: each is
-    refused with what to do, and nothing is written."""
+    """Groups that do not fill a row, scales for floats, what is packed already, zero points and one scale for a tensor
+    where they have no reader or no way of choosing them: each is refused with what to do, and nothing is written."""
     source, output = tiny("llama"), tmp_path / "output"
     with pytest.raises(UsageError, match=r"rows of 48 elements do not divide into groups of 32; use .* group:16"):
         quantize(source, output, to="int4")
-    with pytest.raises(UsageError, match="use channel"):
-        quantize(source, output, to="int4", granularity=PerTensor())
+    with pytest.raises(UsageError, match="granularity tensor has absmax scales"):
+        quantize(source, output, to="int4", granularity=PerTensor(), scales="mse")
+    with pytest.raises(UsageError, match="--asymmetric is for int8 and int4 of compressed-tensors"):
+        quantize(source, output, to="int8", layout="torchao", symmetric=False)
+    with pytest.raises(UsageError, match="leave --scales mse away"):
+        quantize(source, output, to="int4", granularity=PerChannel(), scales="mse", symmetric=False)
+    with pytest.raises(UsageError, match="zero points of one format alone"):
+        mixture = parse_mixture(keep=(), formats=("*down_proj*=int8",))
+        quantize(source, output, to="int4", granularity=PerGroup(16), mixture=mixture, symmetric=False)
     with pytest.raises(UsageError, match="no effect"):
         quantize(source, output, to="bf16", granularity=PerChannel())
     assert not output.exists()

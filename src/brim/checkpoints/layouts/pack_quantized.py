@@ -3,7 +3,7 @@
 A linear module P holds `P.weight_packed`, int32 (out, words), `P.weight_scale` in the weight's dtype and of shape
 (out, in / group), (out, 1) or (1,), and `P.weight_shape`, int64 [out, in]; no `P.weight`. Element i of a row, less the
 least code, is at bits [i b, (i + 1) b) of the row's little-endian words; widths that do not divide 32 cross from word
-to word (0.20 on).
+to word (0.20 on). Asymmetric ones have `P.weight_zero_point` too, int32, packed likewise but down each column.
 Read by transformers and vLLM (and llama.cpp's converter, by group); config keys as of compressed-tensors 0.20.
 """
 
@@ -41,6 +41,13 @@ def outputs(weight: TensorSpec, *, format: str, granularity: Granularity) -> tup
     )
 
 
+def zeros_output(weight: TensorSpec, *, format: str, granularity: Granularity) -> TensorSpec:
+    """Words of zero points."""
+    rows, groups = granularity.scale_shape((weight.shape[0], weight.shape[1]))
+    words = -(-rows * FORMATS[format].element_bits // 32)
+    return TensorSpec(name=weight.name + "_zero_point", shape=(words, groups), dtype="int32", nbytes=4 * words * groups)
+
+
 def shape_tensor(weight: TensorSpec) -> tuple[TensorSpec, bytes]:
     """`P.weight_shape` and its bytes: readers cannot know the last word's unused bits otherwise."""
     spec = TensorSpec(name=weight.name + "_shape", shape=(2,), dtype="int64", nbytes=16)
@@ -74,14 +81,20 @@ def pack(codes_RK: Tensor, *, bits: int) -> Tensor:
     return torch.from_numpy(padded.view("<i4"))
 
 
+def pack_zeros(zero_RG: Tensor, *, bits: int) -> Tensor:
+    """int32 words of int8 zero points: element i of a column at bits [i b, (i + 1) b) of that column's words."""
+    return pack(zero_RG.t().contiguous(), bits=bits).t().contiguous()
+
+
 class Group(NamedTuple):
     """Linear modules that are stored alike."""
 
     bits: int
     granularity: str
-    """`channel` or `group:32`."""
+    """`tensor`, `channel` or `group:32`."""
     targets: tuple[str, ...] = ("Linear",)
     """Names of modules, or of their class: then all but those that are left alone."""
+    symmetric: bool = True
     rounds_tokens: bool = False
 
 
@@ -114,7 +127,8 @@ def config_of(groups: Sequence[Group], *, ignore: Sequence[str]) -> Mapping[str,
 
 def _settings(group: Group) -> Mapping[str, Any]:
     strategy, _, size = group.granularity.partition(":")
-    weights = {"num_bits": group.bits, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": False}
+    weights: dict[str, Any] = {"num_bits": group.bits, "type": "int", "symmetric": group.symmetric}
+    weights |= {"strategy": strategy, "dynamic": False}
     if size:
         weights["group_size"] = int(size)
     return {
