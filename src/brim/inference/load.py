@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from brim import units
+from brim.checkpoints.patterns import matcher
 from brim.errors import MissingPartError, ModelFileError, UsageError
 from brim.inference.packed import packer_of, rearrange
 from brim.models import describe
@@ -90,6 +91,8 @@ def _load_model(directory: Path, *, pack: str | None, compute: torch.dtype | Non
         settings = {"dtype": packer.compute, "quantization_config": packer.loading()}
         # Otherwise transformers would have its quantizer of this name read the file.
         vars(config).pop("quantization_config", None)
+    else:
+        _check_expressions(getattr(config, "quantization_config", None), directory)
     model, loading = kind.from_pretrained(
         str(directory),
         config=config,
@@ -107,6 +110,22 @@ def _load_model(directory: Path, *, pack: str | None, compute: torch.dtype | Non
     if packer is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def _check_expressions(told: Any, directory: Path) -> None:
+    """Raises ModelFileError for expressions in a quantization config that may take unbounded time: transformers and
+    the library it calls match them with the names of all modules."""
+    match told:
+        case str() if told.startswith("re:"):
+            try:
+                matcher(told)
+            except UsageError as error:
+                raise ModelFileError(f"{directory}: quantization_config: {error}") from None
+        case dict():
+            _check_expressions([*told, *told.values()], directory)
+        case list():
+            for inner in told:
+                _check_expressions(inner, directory)
 
 
 def _is_adapter(directory: Path) -> bool:

@@ -146,6 +146,16 @@ def test_damaged_files_are_refused(bert: Path) -> None:
         keras_tensors(bert)
 
 
+def test_a_crash_of_the_library_is_a_refusal(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The HDF5 library has a process of its own: where it dies by a signal, or takes all the memory it may, the file is
+    refused."""
+    for line in ("import os; os.kill(os.getpid(), 11)", "raise MemoryError"):
+        (bert / "h5py.py").write_text(line)
+        monkeypatch.setenv("PYTHONPATH", f"{bert}:{Path(hdf5.__file__).parents[2]}")
+        with pytest.raises(ModelFileError, match=r"tf_model\.h5: the HDF5 library fails on it"):
+            keras_tensors(bert)
+
+
 def test_shards_are_held_against_the_index(tmp_path: Path) -> None:
     """A shard's name must be plain, and the shards must hold as many tensors as the index promises."""
     bart = Path(shutil.copytree(DATA / "bart", tmp_path / "bart"))

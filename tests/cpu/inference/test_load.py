@@ -1,6 +1,7 @@
 """Loading from a directory: the same model comes back, and what cannot be loaded says why."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from brim.errors import DataError, ModelFileError
+from brim.errors import BrimError, DataError, ModelFileError
 from brim.inference import Loaded, generate, held_text, load, locate, perplexity, read_text
 
 TEXT = "Filled to the brim and never over it. " * 4
@@ -137,3 +138,31 @@ def test_held_text_ships_with_the_package() -> None:
     text = held_text()
     assert 60_000 < len(text.encode()) < 100_000
     assert "Michigan" in text
+
+
+def test_code_of_a_model_never_runs(llama: Loaded, tmp_path: Path) -> None:
+    """A config that names classes in files of the directory's own is refused or read without them."""
+    save(llama, tmp_path)
+    (tmp_path / "ours.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "ours.Config", "AutoModelForCausalLM": "ours.Model"}
+    for told in (config, config | {"model_type": "ours"}):
+        (tmp_path / "config.json").write_text(json.dumps(told))
+        with suppress(BrimError):
+            load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_expressions_of_files_end(llama: Loaded, tmp_path: Path) -> None:
+    """An expression of exponential time, wherever in a quantized model's config, is refused before it is used."""
+    save(llama, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for told in (
+        {"ignore": ["re:(a+)+$"]},
+        {"config_groups": {"group_0": {"targets": ["re:(.*)*x"]}}},
+        {"re:(a|a)*": 1},
+    ):
+        quantized = {"quant_method": "compressed-tensors", **told}
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+        with pytest.raises(ModelFileError, match=r"quantization_config: pattern 're:.*a repeated group may take"):
+            load(tmp_path)
