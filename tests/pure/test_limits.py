@@ -4,7 +4,7 @@ import pytest
 
 from brim.hardware import find
 from brim.models import describe
-from brim.planning import Constraints, Offer
+from brim.planning import Constraints, NothingFitsError, Offer
 from brim.planning.estimate import estimate, upper_bound
 from brim.planning.limits import Limits, limits
 from brim.planning.search import plan
@@ -65,3 +65,16 @@ def test_what_the_constraints_decide_is_no_limit() -> None:
     asked = Constraints(method="full", settings=("seq_len=128", "micro_batch_size=1"))
     found = limits(SPEC, GPU, asked, budget_bytes=BUDGET, devices=DEVICES[:1])
     assert found.longest_row is None and found.largest_batch is None
+
+
+def test_the_largest_model_fits_and_no_larger_one_does() -> None:
+    """Of the models given: each that is larger has no recipe that fits, by the search itself."""
+    models = [describe(name) for name in ("smollm2-135m", "smollm2-360m", "qwen2.5-0.5b", "smollm2-1.7b")]
+    asked = Constraints(method="full", seq_len=256, settings=("memory.offload=none", "optimizer.name=adamw"))
+    found = limits(SPEC, GPU, asked, budget_bytes=5 * GIB, devices=DEVICES[:1], models=models).largest_model
+    assert found is not None and found.fits and found.model != models[-1].name
+    largest = describe(found.model).num_parameters
+    offer = Offer(device=GPU, budget_bytes=5 * GIB)
+    for larger in (model for model in models if model.num_parameters > largest):
+        with pytest.raises(NothingFitsError):
+            plan(larger, [offer], rehearse=None, constraints=asked)

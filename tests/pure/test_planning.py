@@ -237,6 +237,17 @@ def test_a_shorter_sequence_is_offered_when_it_helps() -> None:
     assert planned(Rehearsal(budget), replace(lora, seq_len=offered)).best is not None
 
 
+def test_a_pinned_key_is_offered_another_value() -> None:
+    """Where AdamW was asked for and only its states are too many, the optimizer that would do is named, and does."""
+    asked = Constraints(method="full", seq_len=64, settings=("optimizer.name=adamw", "memory.loss=chunked"))
+    other = replace(asked, settings=("optimizer.name=adamw8bit", "memory.loss=chunked"))
+    budget = int(1.11 * least(other))
+    assert budget < least(asked)
+    with pytest.raises(NothingFitsError, match=r"optimizer\.name = adamw8bit for adamw"):
+        planned(Rehearsal(budget), asked)
+    assert planned(Rehearsal(budget), other).best is not None
+
+
 @pytest.mark.parametrize("rows", [1, 6, 8, 48, 64])
 def test_the_global_batch_is_kept(rows: int) -> None:
     """Micro-batch x accumulation is the global batch in every candidate, and all divisors up to 32 are there."""

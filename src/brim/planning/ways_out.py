@@ -4,19 +4,30 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from brim.errors import DoesNotFitError, UsageError
+from brim.errors import DoesNotFitError
 from brim.models.spec import ModelSpec
-from brim.planning.candidates import candidates_of
-from brim.planning.constraints import Constraints
+from brim.planning.constraints import Constraints, value_of
 from brim.planning.estimate import upper_bound
 from brim.planning.offers import Offer
-from brim.planning.ranking import Candidate
+from brim.planning.scale import Scale, considered
+from brim.recipe import Recipe
 from brim.report import Plan, Prediction
 from brim.units import format_bytes, format_count
 
-_SHORTEST_SEQ_LEN = 16
+_TOKENS = 16
+"""Rows are offered in multiples of it."""
 _MOST_GPUS = 8
 """In one machine."""
+_LIGHTER = {
+    "optimizer.name": ("adamw8bit", "adafactor"),
+    "precision.master": ("none",),
+    "precision.weights": ("bf16", "int8", "nf4"),
+    "memory.activation_checkpointing": ("selective", "full"),
+    "memory.loss": ("chunked",),
+    "memory.offload": ("optimizer", "all"),
+    "micro_batch_size": (1,),
+}
+"""Values that need less, the mildest first."""
 
 
 class NothingFitsError(DoesNotFitError):
@@ -43,12 +54,8 @@ def ways_out(spec: ModelSpec, offer: Offer, constraints: Constraints, lightest: 
     ways = [f"--memory {-(-upper_bound(lightest) // 2**20)}MiB, if the machine has it"]
     ways += _lighter_method(spec, offer, constraints)
     ways += _more_devices(spec, offer, constraints)
-    length = int(lightest.recipe["seq_len"]) // 2
-    while "seq_len" not in constraints.pinned and length >= _SHORTEST_SEQ_LEN:
-        if any(c.fits for c in _all(spec, offer, replace(constraints, seq_len=length))):
-            ways.append(f"--seq-len {length}")
-            break
-        length //= 2
+    ways += _shorter_rows(spec, offer, constraints)
+    ways += _other_pins(spec, offer, constraints, lightest)
     if len(ways) < 3:
         share = lightest.budget_bytes / upper_bound(lightest)
         ways.append(f"a model of about {format_count(float(f'{share * spec.num_parameters:.2g}'))} parameters")
@@ -62,31 +69,64 @@ def _lighter_method(spec: ModelSpec, offer: Offer, constraints: Constraints) -> 
     if {"method", "precision.weights"} & constraints.pinned:
         return []
     for method in lighter.get(constraints.method, ()):
-        others = _all(spec, offer, replace(constraints, method=method))
-        if any(c.fits for c in others):
-            return [f"--method {method} (from about {format_bytes(min(c.peak_bytes for c in others))} on)"]
+        if found := _fitting(spec, offer, replace(constraints, method=method)):
+            return [f"--method {method} (about {format_bytes(found.peak.highest_bytes)})"]
     return []
 
 
 def _more_devices(spec: ModelSpec, offer: Offer, constraints: Constraints) -> list[str]:
-    """The fewest GPUs, twice as many at a time, among which the job can be divided."""
-    count, rows = offer.devices_per_node, constraints.global_batch_size
+    """The fewest GPUs, one more at a time, among which the job can be divided."""
+    rows = constraints.global_batch_size
     if offer.device.kind == "cpu" or any(key.startswith("parallel.") for key in constraints.pinned):
         return []
-    while (count := 2 * count) <= _MOST_GPUS and (rows is None or rows % (count * offer.nodes) == 0):
-        others = _all(spec, replace(offer, devices_per_node=count), constraints)
-        if any(c.fits for c in others):
-            return [f"--gpus {count} (about {format_bytes(min(c.peak_bytes for c in others))} on each)"]
+    for count in range(offer.devices_per_node + 1, _MOST_GPUS + 1):
+        divides = rows is None or rows % (count * offer.nodes) == 0
+        if divides and (found := _fitting(spec, replace(offer, devices_per_node=count), constraints)):
+            return [f"--gpus {count} (about {format_bytes(found.peak.highest_bytes)} on each)"]
     return []
 
 
-def _all(spec: ModelSpec, offer: Offer, constraints: Constraints) -> list[Candidate]:
-    """Empty where the constraints leave none."""
-    on = constraints.on(offer.device, devices_per_node=offer.devices_per_node, nodes=offer.nodes)
-    try:
-        return candidates_of(spec, offer, on)
-    except UsageError:
+def _shorter_rows(spec: ModelSpec, offer: Offer, constraints: Constraints) -> list[str]:
+    """The longest that fit."""
+    recipes = [] if "seq_len" in constraints.pinned else _considered(spec, offer, constraints)
+    if not recipes:
         return []
+    found = Scale(spec, offer.device).largest(
+        recipes,
+        lambda recipe, number: replace(recipe, seq_len=_TOKENS * number),
+        most=recipes[0].seq_len // _TOKENS,
+        budget_bytes=offer.budget_bytes,
+    )
+    return [] if found is None else [f"--seq-len {_TOKENS * found[0]}"]
+
+
+def _other_pins(spec: ModelSpec, offer: Offer, constraints: Constraints, lightest: Prediction) -> list[str]:
+    """For each key that the user decided, a lighter value that would do."""
+    ways = []
+    for key, values in _LIGHTER.items():
+        if key not in constraints.pinned:
+            continue
+        for value in values:
+            pins = [pin for pin in constraints.settings if pin.partition("=")[0].strip() != key]
+            if found := _fitting(spec, offer, replace(constraints, settings=(*pins, f"{key}={value}"))):
+                pinned = value_of(Recipe.from_dict(lightest.recipe), key)
+                ways.append(f"{key} = {value} for {pinned} (about {format_bytes(found.peak.highest_bytes)})")
+                break
+    return ways
+
+
+def _fitting(spec: ModelSpec, offer: Offer, constraints: Constraints) -> Prediction | None:
+    """The lightest recipe, where that is sure to fit."""
+    if not (recipes := _considered(spec, offer, constraints)):
+        return None
+    scale = Scale(spec, offer.device)
+    found = scale.prediction(scale.lightest(recipes), offer.budget_bytes)
+    return found if found.fits else None
+
+
+def _considered(spec: ModelSpec, offer: Offer, constraints: Constraints) -> list[Recipe]:
+    on = constraints.on(offer.device, devices_per_node=offer.devices_per_node, nodes=offer.nodes)
+    return considered(spec, offer.device, on)
 
 
 def summary(prediction: Prediction) -> str:
