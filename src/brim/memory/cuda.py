@@ -7,12 +7,15 @@
 2. Dropout keeps a mask of booleans, not of numbers in the input's format.
 3. AdamW with states of 8 bits is one kernel.
 4. Each thread's cuBLAS handle takes a workspace at its first matrix product: forward's and the autograd engine's.
+5. Autocast runs layer norms, softmax and cross-entropies in FP32, inputs and results (aten/autocast_mode.h, the
+   operators listed for CUDA), which it does not on a CPU.
 
-Ignored: CUDA's own list of operators that autocast runs in FP32 (layer norm, softmax and powers more than a CPU's).
+Ignored: others of that list (powers, sums), which models ask for in FP32 anyway.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any, cast
 from unittest import mock
 
@@ -28,6 +31,7 @@ from brim.memory.trace import Trace
 _LARGEST_HEAD = 256
 """Elements of a head that FlashAttention takes."""
 _AMPERE = 8
+_HALF = (torch.bfloat16, torch.float16)
 _PRODUCTS = frozenset(
     {
         torch.ops.aten.mm.default,
@@ -45,10 +49,37 @@ def cuda_kernels(device: Device, meter: LifetimeMeter) -> Iterator[None]:
     with (
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _attention(modern)),
         mock.patch("torch.nn.functional.dropout", _dropout),
+        _widening(),
         mock.patch.object(blockwise_adam, "has_kernel", lambda device: True),
         mock.patch.object(meter, "before", CublasWorkspaces(cublas_workspace_bytes(device), meter.trace)),
     ):
         yield
+
+
+@contextmanager
+def _widening() -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in ("layer_norm", "softmax", "log_softmax", "cross_entropy"):
+            function = getattr(torch.nn.functional, name)
+            stack.enter_context(mock.patch(f"torch.nn.functional.{name}", _widened(function)))
+        yield
+
+
+def _widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same, its 16-bit arguments in FP32 under autocast."""
+
+    @wraps(function)
+    def in_fp32(*given: Any, **named: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*given, **named)
+        wide = [_as_fp32(value) for value in given]
+        return function(*wide, **{name: _as_fp32(value) for name, value in named.items()})
+
+    return in_fp32
+
+
+def _as_fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
 
 
 class CublasWorkspaces:

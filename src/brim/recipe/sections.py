@@ -162,6 +162,13 @@ class Library:
     model: Literal["transformers", "litgpt"] = "transformers"
     """litgpt: its one decoder for all families and its own adapters (training/litgpt.py), with random weights alone;
     lora.targets are then query, key, value, projection, mlp, head."""
+    autocast: bool = False
+    """As transformers' Trainer runs with `bf16` or `fp16`: forward is under autocast whatever the weights' format
+    (accelerate 1.0, accelerator.py, prepare_model), and the logits that it returns are FP32 (its
+    `convert_outputs_to_fp32`)."""
+    cache: Literal["none", "kept"] = "none"
+    """kept: what each block makes of its queries, keys and values lives until the loss is there: GPTBigCode of
+    transformers 4 returns it under checkpoints, too (modeling_gpt_bigcode.py, `presents`)."""
     packed: Literal["brim", "bitsandbytes-0.42"] = "brim"
     """bitsandbytes-0.42: a product's node keeps its input as long as the graph, and unpacks by way of FP16."""
     norm: Literal["operators", "fused"] = "operators"

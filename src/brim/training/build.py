@@ -76,7 +76,8 @@ class Workload:
     def autocast(self) -> AbstractContextManager[object]:
         """16-bit matmuls over FP32 weights, when the recipe asks for them."""
         compute, fp32_norms = self.recipe.precision.compute, self.recipe.library.frozen == "fp32-norms"
-        mixed = compute != "fp32" and (self.recipe.plain_format == "fp32" or fp32_norms)
+        asked = fp32_norms or self.recipe.library.autocast
+        mixed = compute != "fp32" and (self.recipe.plain_format == "fp32" or asked)
         if mixed and not casts_when_gathered(self.recipe):
             return torch.autocast(self.device.type, dtype=DTYPES[compute])
         return nullcontext()

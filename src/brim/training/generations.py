@@ -19,7 +19,7 @@ Loss = Callable[..., Tensor]
 
 
 def generation_loss(
-    name: str, base: PreTrainedModel, model: nn.Module, inputs: Inputs, labels_BT: Tensor, *, kind: str
+    name: str, base: PreTrainedModel, model: nn.Module, inputs: Inputs, labels_BT: Tensor, *, kind: str, widened: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Summed cross-entropy by the named library, and what its users keep alive through backward (or None).
 
@@ -30,14 +30,18 @@ def generation_loss(
     held: transformers-4.50, with the model's output bound to a name while backward runs.
 
     `kind` of cross-entropy: operators; in-place, a kernel that keeps the logits alone and writes their gradient over
-    them (unsloth, fms-acceleration); or fused, the same beside them (torch.compile).
+    them (unsloth, fms-acceleration); or fused, the same beside them (torch.compile). `widened`: logits are returned in
+    FP32 (accelerate's convert_outputs_to_fp32), while the model's own live.
     """
     cross_entropy = _CROSS_ENTROPIES[kind]
     if name in ("transformers-16bit", "transformers-4.40"):
         logits_BTV = model(**inputs).logits
         if name == "transformers-4.40":
             logits_BTV = logits_BTV.float()
-        return _shifted_logits(logits_BTV, labels_BT, cross_entropy).float(), None
+        total = _shifted_logits(logits_BTV, labels_BT, cross_entropy).float()
+        if widened:
+            logits_BTV.float()
+        return total, None
 
     def loss_function(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
         if name == "transformers-4.46":
@@ -50,6 +54,8 @@ def generation_loss(
         output = model(**inputs, labels=labels_BT)
     finally:
         base.loss_function = previous
+    if widened:
+        output.logits.float()
     return output.loss, output.logits if name == "held" else None
 
 

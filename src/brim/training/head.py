@@ -5,6 +5,7 @@ the gradient has passed through it.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from brim.layers.soft_labels import SoftLabels, cross_entropy, soft_labels
 from brim.memory import owners
 from brim.recipe import Library, Task
 from brim.training.generations import generation_loss, litgpt_logits, litgpt_loss, torchtune_loss
+from brim.training.kept_cache import KeptCache
 from brim.training.litgpt_lora import Adapted
 
 _CLASSIFIERS = ("score", "classifier", "classification_head", "logits_proj")
@@ -54,6 +56,7 @@ class OutputHead:
             )
         self._finish = finish_of(base)
         self._bound: list[Tensor] = []
+        self._cache = KeptCache(base) if self._library.cache == "kept" else None
         self._linear.register_forward_pre_hook(_watch)
 
     @property
@@ -118,7 +121,10 @@ class OutputHead:
             hidden_BTH = self.hidden_states(model, inputs)
             owners.switch("loss")
             return torchtune_loss(hidden_BTH, self._linear, labels_BT, kind) * scale
-        total, held = generation_loss(self._library.loss, self._base, model, inputs, labels_BT, kind=kind)
+        with nullcontext() if self._cache is None else self._cache.until_loss():
+            total, held = generation_loss(
+                self._library.loss, self._base, model, inputs, labels_BT, kind=kind, widened=self._library.autocast
+            )
         loss = total * scale
         loss.held = held  # type: ignore[attr-defined]  # lives as long as the loss: through backward
         return loss
