@@ -356,12 +356,12 @@ def _loss(row: Row) -> list[str]:
 
 
 def _transformers_of(row: Row) -> str:
-    """Whose loss ran. fms-acceleration: 4.46 at first, where Granite and GPT-BigCode still had their own; the file
-    with Liger came a year later."""
+    """Whose loss ran. fms-acceleration: 4.46, where Granite and GPT-BigCode still had their own; the file with Liger is
+    older (4.45.2 and PyTorch 2.4.1: refs/requirements.txt at 0aab2c6, the commit that brought Liger's kernels)."""
     if not row["source_repo_or_paper"].startswith("foundation-model-stack"):
         return "transformers-4.40"
     if row["source_path_or_url"].endswith("_liger.csv"):
-        return "transformers-4.50"
+        return "transformers-4.40"
     own = {"ibm/PowerLM-3b": "transformers-4.40", "bigcode/gpt_bigcode-santacoder": "transformers-16bit"}
     return own.get(row["model"], "transformers-4.46")
 
