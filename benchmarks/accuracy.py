@@ -133,7 +133,7 @@ def _outcome(row: Row, case: Case, peak: Peak) -> Outcome:
         predicted_bytes=predicted,
         measured_bytes=measured,
         error=predicted / measured - 1,
-        kind_of_run=kind_of_run(case.recipe, case.spec.model_type, inference=case.writing is not None),
+        kind_of_run=kind_of_run(case.recipe, inference=case.writing is not None),
         card_bytes=case.device.memory_bytes,
         peers=peers.peers(case, row),
     )

@@ -84,7 +84,7 @@ def _error_band(
 ) -> tuple[float, float]:
     if device.kind == "cpu":
         return ERROR_BAND
-    return gpu_band(recipe, spec.model_type, risk=risk, inference=inference)
+    return gpu_band(recipe, risk=risk, inference=inference)
 
 
 def _step_time(spec: ModelSpec, recipe: Recipe, device: Device, work: StepWork) -> tuple[float, str]:

@@ -87,6 +87,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "qlora, selective, master": (*NF4, "memory.activation_checkpointing=selective", "precision.master=fp32"),
     "qlora as PEFT prepares it": (*NF4, "library.frozen=fp32", "library.adapters=fp32"),
     "qlora as TRL prepares it": (*NF4, "library.frozen=fp32-norms"),
+    "qlora under autocast": (*NF4, "library.autocast=true", "library.adapters=fp32"),
     "qat": ("method=qat",),
     "qat, channel, autocast": ("method=qat", "precision.weights=fp32", "qat.granularity=channel", "qat.format=int8"),
     "qat, checkpointed, fp32": ("method=qat", "memory.activation_checkpointing=full", *FP32),
@@ -217,6 +218,21 @@ def test_other_libraries_losses_take_their_real_peak(name: str, loss: str) -> No
     spec = small(name)
     recipe = recipe_of(spec, f"library.loss={loss}")
     assert rehearse_trace(spec, recipe).peak_bytes == pytest.approx(profiled_peak(spec, recipe), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("settings", [("precision.compute=fp32",), ("library.autocast=true", "library.adapters=fp32")])
+def test_a_kept_cache_takes_its_real_peak(settings: tuple[str, ...]) -> None:
+    """GPTBigCode that returns its keys and values peaks fake as it does real: by the product they are a view of."""
+    config = {
+        "model_type": "gpt_bigcode", "n_embd": 96, "n_layer": 3, "n_head": 4, "n_positions": 256, "vocab_size": 1500,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    spec = ModelSpec(name="gpt_bigcode", kind="directory", config=config, num_parameters=1, tied_head=True)
+    plain = recipe_of(spec, CHECKPOINTED, "library.loss=transformers-16bit", *NF4, *settings)
+    recipe = plain.with_settings(["library.cache=kept"])
+    peak = rehearse_trace(spec, recipe).peak_bytes
+    assert peak == pytest.approx(profiled_peak(spec, recipe), rel=TOLERANCE)
+    assert peak > rehearse_trace(spec, plain).peak_bytes
 
 
 @pytest.mark.parametrize("levers", ["fp32", "bf16", "lora", "checkpointed", "chunked", "qlora"])

@@ -54,6 +54,23 @@ def test_a_published_run_is_predicted(settings: tuple[str, ...], published: int)
     assert peak.allocated_bytes == pytest.approx(published, rel=0.0001)
 
 
+def test_autocast_is_the_gpus() -> None:
+    """On a GPU layer norms, softmax and cross-entropies give FP32 under autocast, and what they are without it."""
+    functional = torch.nn.functional
+    with FakeWorld() as world, cuda_kernels(find("a100"), world.meter):
+        x, weight, labels = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(8), torch.zeros(4, dtype=torch.long)
+        calls = [
+            lambda: functional.layer_norm(x, (8,), weight.bfloat16()),
+            lambda: torch.nn.LayerNorm(8, dtype=torch.bfloat16)(x),
+            lambda: functional.softmax(x, dim=-1),
+            lambda: functional.log_softmax(x, dim=-1),
+            lambda: functional.cross_entropy(x, labels),
+        ]
+        assert {call().dtype for call in calls} == {torch.bfloat16}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert {call().dtype for call in calls} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", ["a100", "h100", "rtx-4090", "mi300x"])
 def test_the_ledger_adds_up_to_the_devices_peak(name: str) -> None:
     """allocated <= reserved <= device, and every byte of the device's peak is on one line."""

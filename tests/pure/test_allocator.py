@@ -103,6 +103,24 @@ def test_the_smallest_block_that_fits_is_taken() -> None:
     assert allocator.reserved_bytes == 64 * MIB
 
 
+@given(steps=STEPS, expandable=MODES)
+def test_streams_share_no_segment(steps: list[tuple[bool, int, int]], expandable: bool) -> None:
+    """Allocations of two streams in turn reserve what each stream's alone reserve, together."""
+    together = CachingAllocator(expandable_segments=expandable)
+    alone = [CachingAllocator(expandable_segments=expandable) for _ in range(2)]
+    live: list[tuple[Block, Block, CachingAllocator]] = []
+    for allocates, nbytes, choice in steps:
+        if allocates or not live:
+            stream = choice % 2
+            live.append((together.malloc(nbytes, stream), alone[stream].malloc(nbytes), alone[stream]))
+        else:
+            block, other, owner = live.pop(choice % len(live))
+            together.free(block)
+            owner.free(other)
+    check(together, [(block, 0) for block, *_ in live])
+    assert together.reserved_bytes == sum(each.reserved_bytes for each in alone)
+
+
 def test_growing_requests_fragment_segments_and_not_an_expandable_one() -> None:
     """Sequences that grow leave segments too small to reuse; one expandable segment reuses them all."""
     sizes = [size * MIB for size in range(20, 60, 5)]

@@ -71,7 +71,7 @@ def test_only_what_can_fit_its_published_band_is_rehearsed() -> None:
 
     def rehearse(recipe: Recipe, offer: Offer) -> Prediction:
         quick = estimate(LARGE, recipe, device=CARD, budget_bytes=CARD.memory_bytes)
-        asked.append(replace(quick, method="rehearsal", error_band=gpu_band(recipe, LARGE.model_type)))
+        asked.append(replace(quick, method="rehearsal", error_band=gpu_band(recipe)))
         return asked[-1]
 
     result = plan(LARGE, [Offer(device=CARD, budget_bytes=CARD.memory_bytes)], rehearse=rehearse)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brim.errors import RecipeError
-from brim.recipe import Lora, Memory, Optimizer, Precision, Recipe, Training
+from brim.recipe import Library, Lora, Memory, Optimizer, Precision, Recipe, Training
 from brim.recipe.recipe import SECTIONS
 
 MODEL = "smollm2-135m"
@@ -326,6 +326,7 @@ def test_fp16_needs_room_for_small_numbers(settings: tuple[str, ...], nearest: t
     [
         (Recipe(model=MODEL, precision=Precision(weights="fp32", master="fp32")), "precision.master"),
         (Recipe(model=MODEL, lora=Lora(rank=4)), "[lora] has no effect"),
+        (Recipe(model=MODEL, library=Library(cache="kept")), "library.cache has no effect"),
         (Recipe(model=MODEL, target_seq_len=4), "target_seq_len has no effect"),
         (Recipe(model=MODEL, training=Training(max_steps=5, warmup_steps=5)), "warmup_steps"),
     ],

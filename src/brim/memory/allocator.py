@@ -1,8 +1,9 @@
 """Model of PyTorch's CUDA caching allocator: what it reserves for a sequence of allocations and frees.
 
-Rules of torch 2.13 (c10/core/AllocatorConfig.h, c10/cuda/CUDACachingAllocator.cpp), default settings, one stream:
+Rules of torch 2.13 (c10/core/AllocatorConfig.h, c10/cuda/CUDACachingAllocator.cpp), default settings:
 
 - A request is rounded up to 512 B. Up to 1 MiB it is served by the small pool, else by the large one.
+- Each stream has its own two pools: what was allocated in one serves no other (`BlockComparatorSize` orders by stream).
 - The smallest free block that holds it is taken, the lowest address first among equals.
 - Without one a segment is made: 2 MiB in the small pool; 20 MiB for a request under 10 MiB; else the request rounded
   up to 2 MiB.
@@ -12,7 +13,8 @@ Rules of torch 2.13 (c10/core/AllocatorConfig.h, c10/cuda/CUDACachingAllocator.c
 - `expandable_segments`: a pool is one segment that grows page by page (2 MiB; 20 MiB in the large pool); every rest
   of at least 512 B is split off.
 
-Ignored: the order of the driver's addresses (it breaks ties only), several streams, CUDA graphs.
+Ignored: the order of the driver's addresses (it breaks ties only), blocks that wait for another stream's work
+(`record_stream`), CUDA graphs.
 """
 
 from bisect import bisect_left, insort
@@ -50,9 +52,12 @@ class Block:
 class _Pool:
     """Free blocks by size and address."""
 
-    __slots__ = ("_blocks", "least_rest_bytes", "page_bytes", "tail")
+    __slots__ = ("_blocks", "base", "is_small", "least_rest_bytes", "page_bytes", "tail")
 
-    def __init__(self, *, least_rest_bytes: int, page_bytes: int) -> None:
+    def __init__(self, *, is_small: bool, least_rest_bytes: int, page_bytes: int, base: int) -> None:
+        self.is_small = is_small
+        self.base = base
+        """Address of the expandable segment."""
         self.least_rest_bytes = least_rest_bytes
         self.page_bytes = page_bytes
         """By which an expandable segment grows."""
@@ -91,15 +96,15 @@ class CachingAllocator:
         self._limit_bytes = limit_bytes
         self._next_address = 0
         large_rest = ROUNDING if expandable_segments else SMALL_REQUEST + ROUNDING
-        self._small = _Pool(least_rest_bytes=ROUNDING, page_bytes=SMALL_SEGMENT)
-        self._large = _Pool(least_rest_bytes=large_rest, page_bytes=MIDDLE_SEGMENT)
+        self._large_rest_bytes = large_rest
+        self._pools: dict[tuple[int, bool], _Pool] = {}
         self._heads: dict[int, Block] = {}
 
-    def malloc(self, nbytes: int) -> Block:
-        """A block of at least `nbytes`, which must be more than zero."""
+    def malloc(self, nbytes: int, stream: int = 0) -> Block:
+        """A block of at least `nbytes`, which must be more than zero, for what runs in this stream."""
         assert nbytes > 0
         size = _rounded(nbytes, ROUNDING)
-        pool = self._small if size <= SMALL_REQUEST else self._large
+        pool = self._pool(stream, is_small=size <= SMALL_REQUEST)
         block = pool.best_fit(size) or (self._grown(pool, size) if self._expandable else self._segment(pool, size))
         block.free = False
         if block.nbytes - size >= pool.least_rest_bytes:
@@ -130,8 +135,18 @@ class CachingAllocator:
                 block = block.following
             yield blocks
 
+    def _pool(self, stream: int, *, is_small: bool) -> _Pool:
+        pool = self._pools.get((stream, is_small))
+        if pool is None:
+            # far apart: those of expandable segments grow
+            base = (2 * len(self._pools) + 1) * 2**60
+            least, page = (ROUNDING, SMALL_SEGMENT) if is_small else (self._large_rest_bytes, MIDDLE_SEGMENT)
+            pool = _Pool(is_small=is_small, least_rest_bytes=least, page_bytes=page, base=base)
+            self._pools[stream, is_small] = pool
+        return pool
+
     def _segment(self, pool: _Pool, size: int) -> Block:
-        if pool is self._small:
+        if pool.is_small:
             nbytes = SMALL_SEGMENT
         else:
             nbytes = MIDDLE_SEGMENT if size < MIDDLE_REQUEST else _rounded(size, SEGMENT_ROUNDING)
@@ -148,8 +163,7 @@ class CachingAllocator:
         grown = _rounded(size - held, pool.page_bytes)
         self._reserve(grown)
         if tail is None:
-            base = 0 if pool is self._small else 2**60  # far apart: both grow
-            pool.tail = self._heads[base] = Block(base, grown, pool)
+            pool.tail = self._heads[pool.base] = Block(pool.base, grown, pool)
             return pool.tail
         if tail.free:
             pool.remove(tail)
@@ -184,7 +198,7 @@ class CachingAllocator:
         if self._limit_bytes is None or self.reserved_bytes + nbytes <= self._limit_bytes:
             return
         self.num_retries += 1
-        for pool in (self._small, self._large):
+        for pool in self._pools.values():
             for block in pool.whole_segments():
                 pool.remove(block)
                 del self._heads[block.address]
@@ -222,7 +236,7 @@ def replay(trace: Trace, *, expandable_segments: bool = False, limit_bytes: int 
         if not traced.nbytes:
             continue
         if allocated:
-            held[id(traced)] = allocator.malloc(traced.nbytes)
+            held[id(traced)] = allocator.malloc(traced.nbytes, traced.stream)
             if allocator.allocated_bytes > peak:
                 peak, peak_index = allocator.allocated_bytes, index
             if moments:

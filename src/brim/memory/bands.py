@@ -1,7 +1,7 @@
 """How far predictions for GPUs were from published peaks, and the band that follows. No torch.
 
 The errors are those of `make accuracy` (data/gpu_errors.csv), by kind of run: what is trained, whose model code ran,
-whether it is sharded, and then what sets a run apart (its task, a family whose errors are unlike the others').
+whether it is sharded, and then its task.
 """
 
 import csv
@@ -15,24 +15,20 @@ from brim.recipe import Recipe
 DEFAULT_RISK = 0.02
 _FEWEST = 5
 """Rows of a kind; with fewer, those of the wider kind are asked."""
-_APART = frozenset({"gpt_bigcode"})
-"""Families whose published peaks are far above their predictions and not explained (docs/accuracy.md)."""
 
 Errors = Mapping[str, Sequence[float]]
 """Kind of run -> measured / predicted - 1."""
 
 
-def gpu_band(
-    recipe: Recipe, family: str, *, risk: float = DEFAULT_RISK, inference: bool = False
-) -> tuple[float, float]:
+def gpu_band(recipe: Recipe, *, risk: float = DEFAULT_RISK, inference: bool = False) -> tuple[float, float]:
     """Relative (low, high): at most this share of published rows of the kind lie above their upper bound.
 
-    And as many below the lower. The band always holds 0: few rows say little. `family`: a config's `model_type`.
+    And as many below the lower. The band always holds 0: few rows say little.
     Raises UsageError for a risk out of range.
     """
     if not 0 <= risk < 0.5:
         raise UsageError(f"--risk {risk} is not a share from 0 to 0.5; write for example 0.02")
-    return band(_errors(), kind_of_run(recipe, family, inference=inference), risk=risk)
+    return band(_errors(), kind_of_run(recipe, inference=inference), risk=risk)
 
 
 def band(learned: Errors, kind: str, *, risk: float) -> tuple[float, float]:
@@ -51,7 +47,7 @@ def _errors_of(learned: Errors, kind: str) -> Sequence[float]:
     return found
 
 
-def kind_of_run(recipe: Recipe, family: str, *, inference: bool = False) -> str:
+def kind_of_run(recipe: Recipe, *, inference: bool = False) -> str:
     """`full, transformers`: what the errors are sorted by."""
     code = "litgpt" if recipe.library.has_litgpt_loss else "transformers"
     method = "packed" if recipe.precision.packed else "full" if recipe.trains_weights else "lora"
@@ -60,8 +56,6 @@ def kind_of_run(recipe: Recipe, family: str, *, inference: bool = False) -> str:
         kind.append("sharded")
     if recipe.task != "causal-lm":
         kind.append(recipe.task)
-    elif family in _APART:
-        kind.append(family)
     return ", ".join(kind)
 
 

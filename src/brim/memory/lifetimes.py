@@ -46,6 +46,7 @@ class LifetimeMeter(PlainMode):
         """Names the module that works now; None: nobody asks."""
         self._on_host = False
         self._line = "workspace"
+        self._streams = [torch.cpu.current_stream()]
         self._blocks: dict[int, Block] = {}
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -94,6 +95,13 @@ class LifetimeMeter(PlainMode):
         """Where what is allocated now is counted."""
         return self.trace.host if self._on_host and self.trace.host is not None else self.trace
 
+    def _stream(self) -> int:
+        """The stream that works now, counted as they come: a CPU's are names, which sharding's engine keeps apart."""
+        now = torch.cpu.current_stream()
+        if now not in self._streams:
+            self._streams.append(now)
+        return self._streams.index(now)
+
     def see(self, tensor: Tensor) -> None:
         """Count this tensor's storage from now on, if it is new and is somewhere."""
         if tensor.device.type == "meta":
@@ -103,7 +111,7 @@ class LifetimeMeter(PlainMode):
         if key in self._blocks:
             return
         trace = self._place
-        self._blocks[key] = block = trace.allocate(storage.nbytes(), self._line)
+        self._blocks[key] = block = trace.allocate(storage.nbytes(), self._line, self._stream())
         if self.working is not None:
             block.module = self.working()
         self._watches[key] = weakref.ref(storage, lambda _: self._forget(key, trace))
@@ -120,7 +128,7 @@ class LifetimeMeter(PlainMode):
         if key in self._blocks:
             before = self._blocks[key]
             self.trace.free(before)
-            self._blocks[key] = block = self.trace.allocate(storage.nbytes(), before.line)
+            self._blocks[key] = block = self.trace.allocate(storage.nbytes(), before.line, self._stream())
             block.module = before.module
 
     def stop(self) -> None:

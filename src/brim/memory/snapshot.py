@@ -33,7 +33,7 @@ def snapshot(trace: Trace) -> dict[str, Any]:
             continue
         if allocated:
             before = allocator.reserved_bytes
-            block = allocator.malloc(traced.nbytes)
+            block = allocator.malloc(traced.nbytes, traced.stream)
             if allocator.reserved_bytes > before:
                 entries.append(_entry("segment_alloc", block.address, allocator.reserved_bytes - before, ""))
             held[id(traced)] = (block, traced.line, traced.nbytes)

@@ -6,9 +6,9 @@ optimizer's loop over parameters, and so on. `continued` finds these chunks in t
 (or periods of blocks) and repeats them as often as asked.
 
 Which block a free ends is said without naming it: the r-th youngest, or the r-th oldest, of the living ones of its
-kind (size and line), where r may grow with the number of repetitions. That holds in each of them, since backward frees
-in the reverse order of forward, and loops over parameters in their order. Frees without an allocation between them may
-come in any order (autograd's changes from run to run): it decides nothing.
+kind (size, line and stream), where r may grow with the number of repetitions. That holds in each of them, since
+backward frees in the reverse order of forward, and loops over parameters in their order. Frees without an allocation
+between them may come in any order (autograd's changes from run to run): it decides nothing.
 
 Nothing is guessed: a chunk must be in the third trace twice, sizes that grow with the number of blocks must grow in a
 straight line, and the rule of a free must be the same wherever its event is in the three. Else there is no answer, and
@@ -24,10 +24,12 @@ from operator import itemgetter
 from brim.memory.trace import Block, Trace
 
 _Event = tuple[bool, Block]
-_Token = tuple[bool, int, str]
-"""What of an event is compared: allocated or freed, bytes, line."""
-_Kind = tuple[int, int, str]
-"""What tells blocks apart: bytes in the shortest model, bytes more with each repetition, line."""
+_Where = tuple[str, int]
+"""A block's line and stream."""
+_Token = tuple[bool, int, _Where]
+"""What of an event is compared: allocated or freed, bytes, where."""
+_Kind = tuple[int, int, _Where]
+"""What tells blocks apart: bytes in the shortest model, bytes more with each repetition, where."""
 _Rank = tuple[int, int, int]
 """Repetitions in the trace, and which of the living of its kind a free ended: from the oldest, from the youngest."""
 _Place = tuple[int, int, int]
@@ -50,7 +52,7 @@ def continued(traces: tuple[Trace, Trace, Trace], *, times: int) -> Trace | None
     None where the three do not show beyond doubt what that is.
     """
     events = [ordered(trace) for trace in traces]
-    tokens = [[(allocated, block.nbytes, block.line) for allocated, block in each] for each in events]
+    tokens = [[(allocated, block.nbytes, (block.line, block.stream)) for allocated, block in each] for each in events]
     stretches = _aligned(tokens)
     if stretches is None:
         return None
@@ -65,8 +67,8 @@ def continued(traces: tuple[Trace, Trace, Trace], *, times: int) -> Trace | None
             trace.begin(moments.pop(0)[0])
         allocated, kind = pattern[step]
         if allocated:
-            nbytes, growth, line = kind
-            living[kind].append(trace.allocate(nbytes + times * growth, line))
+            nbytes, growth, where = kind
+            living[kind].append(trace.allocate(nbytes + times * growth, *where))
         else:
             trace.free(living[kind].pop(ranks[step]))
     for name, _ in moments:
@@ -152,8 +154,8 @@ def _chunks(tokens: Sequence[Sequence[_Token]], place: _Place) -> Iterator[int]:
 def _steps(tokens: Sequence[Sequence[_Token]], stretch: _Stretch) -> Iterator[tuple[bool, _Kind]]:
     """Whether each event of a stretch allocates, and what kind of block."""
     first, second, _ = (line[start : start + stretch.length] for line, start in zip(tokens, stretch.start, strict=True))
-    for before, (allocated, nbytes, line) in zip(second if stretch.repeats else first, second, strict=True):
-        yield allocated, (before[1], nbytes - before[1], line)
+    for before, (allocated, nbytes, where) in zip(second if stretch.repeats else first, second, strict=True):
+        yield allocated, (before[1], nbytes - before[1], where)
 
 
 def _order(stretches: Sequence[_Stretch], times: int) -> Iterator[int]:

@@ -18,6 +18,8 @@ class Block:
     """A ledger line, or a part of one: `activations/kv_cache`."""
     module: str = ""
     """Whose it is, where a rehearsal watches modules."""
+    stream: int = 0
+    """Of the device, in which it was allocated: 0 is that of the computation."""
 
 
 class Trace:
@@ -33,10 +35,10 @@ class Trace:
         self._events: list[tuple[bool, Block]] = []
         self._peak_index = 0
 
-    def allocate(self, nbytes: int, line: str) -> Block:
+    def allocate(self, nbytes: int, line: str, stream: int = 0) -> Block:
         """A new live block on this ledger line."""
         assert line_of(line) in LEDGER_LINES, line
-        block = Block(nbytes, line)
+        block = Block(nbytes, line, stream=stream)
         if nbytes:
             self._events.append((True, block))
         self.live_bytes += nbytes

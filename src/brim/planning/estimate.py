@@ -87,7 +87,7 @@ def closed_form_band(spec: ModelSpec, recipe: Recipe) -> tuple[float, float]:
 
 def published_band(spec: ModelSpec, recipe: Recipe, device: Device, risk: float) -> tuple[float, float]:
     """How far peaks on a device may be from a rehearsal's, relative; nothing on a CPU."""
-    return (0.0, 0.0) if device.kind == "cpu" else gpu_band(recipe, spec.model_type, risk=risk)
+    return (0.0, 0.0) if device.kind == "cpu" else gpu_band(recipe, risk=risk)
 
 
 def lower_bound(prediction: Prediction) -> int:

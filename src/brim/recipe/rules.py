@@ -321,6 +321,10 @@ def without_effect(recipe: "Recipe") -> list[str]:
         recipe.library.loss == "brim" or recipe.library.has_litgpt_loss
     ):
         found.append(f'library.cross_entropy has no effect: library.loss is "{recipe.library.loss}"')
+    if recipe.precision.compute == "fp32" and recipe.library.autocast:
+        found.append('library.autocast has no effect: precision.compute is "fp32"')
+    if recipe.library.cache != "none" and not recipe.library.loss.startswith("transformers"):
+        found.append(f'library.cache has no effect: library.loss is "{recipe.library.loss}"')
     if recipe.optimizer.name != "adamw" and recipe.library.adamw != "fused":
         found.append(f'library.adamw has no effect: optimizer.name is "{recipe.optimizer.name}"')
     if recipe.parallel.sharding == "none" and recipe.library.sharding != "fsdp2":

@@ -19,7 +19,14 @@ Loss = Callable[..., Tensor]
 
 
 def generation_loss(
-    name: str, base: PreTrainedModel, model: nn.Module, inputs: Inputs, labels_BT: Tensor, *, kind: str, widened: bool = False
+    name: str,
+    base: PreTrainedModel,
+    model: nn.Module,
+    inputs: Inputs,
+    labels_BT: Tensor,
+    *,
+    kind: str,
+    widened: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Summed cross-entropy by the named library, and what its users keep alive through backward (or None).
 

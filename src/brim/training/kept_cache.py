@@ -1,7 +1,7 @@
 """Keys and values that a model returns while it trains, as some families of older libraries do.
 
-GPTBigCode of transformers 4 returns what attention has read (`presents`), under checkpoints, too: nobody asks for it, and
-it lives until the loss is there. The keys and values are a view of the product that makes the queries, which stays whole.
+GPTBigCode of transformers 4 returns what attention has read (`presents`), under checkpoints, too: nobody asks for it,
+and it lives until the loss is there. Keys and values are a view of the product that makes queries: all of it stays.
 """
 
 from collections.abc import Iterator

@@ -72,7 +72,7 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
             if ranks.over_gloo:
                 module.set_custom_all_gather(GatherByBroadcast())
                 module.set_custom_reduce_scatter(ReduceInPlace())
-            _watch(module)
+            _watch(module, in_flat=recipe.library.sharding == "fsdp1")
             if at_home:
                 keep_parts_at_home(module)
             if recipe.library.sharding == "fsdp1" and recipe.adapts:
@@ -92,11 +92,17 @@ def blocks_of(root: nn.Module) -> list[nn.Module]:
     return [module for module in root.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _watch(module: FSDPModule) -> None:
-    """What the engine allocates in these methods is the ledger's `gathered`."""
+def _watch(module: FSDPModule, *, in_flat: bool) -> None:
+    """What the engine allocates in these methods is the ledger's `gathered`.
+
+    `in_flat`: FSDP1 has no copy of what it gathers, so that parameters lie in the memory of the stream that gathered
+    them (torch/distributed/fsdp/_runtime_utils.py, `_unshard`).
+    """
     for group in module._get_fsdp_state()._fsdp_param_groups:
         for name in _COMMUNICATION:
             setattr(group, name, _gathering(getattr(group, name)))
+        if in_flat:
+            group.wait_for_unshard = _where_gathered(group, group.wait_for_unshard)
 
 
 def _gather_no_block_ahead(module: FSDPModule) -> None:
@@ -108,6 +114,15 @@ def _gather_no_block_ahead(module: FSDPModule) -> None:
 
 def _nothing() -> None:
     pass
+
+
+def _where_gathered(group: Any, method: Callable[[], None]) -> Callable[[], None]:
+    def waiting() -> None:
+        # on a CPU: of its streams, which are names, the rehearsal knows apart what a GPU's allocator would
+        with torch.cpu.stream(group.comm_ctx.all_gather_copy_in_stream):
+            method()
+
+    return waiting
 
 
 def _gathering(method: Callable[_Given, _Result]) -> Callable[_Given, _Result]:

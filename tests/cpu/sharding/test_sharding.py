@@ -187,6 +187,22 @@ def test_a_wrong_split_would_show(real: dict[str, Real]) -> None:
     assert stays.peak_bytes > (1 + TOLERANCE) * freed.peak_bytes
 
 
+@pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1"])
+def test_what_is_gathered_and_reduced_lies_in_streams_of_its_own(sharding: str) -> None:
+    """Gradients lie where they were reduced, weights and activations in the computation's stream, and under FSDP1
+    parameters, too, lie where they were gathered: there FSDP2 has a buffer alone, as large at most."""
+    settings = over(2, "zero3", f"library.sharding={sharding}", "grad_accumulation=2", *FP32)
+    trace = rehearse_trace(small(), recipe_of(settings))
+    made: dict[tuple[str, bool], int] = {}
+    for allocated, block in trace.events:
+        if allocated:
+            made[block.line, block.stream == 0] = made.get((block.line, block.stream == 0), 0) + block.nbytes
+    assert ("gradients", True) not in made and made["gradients", False] > 0
+    assert not {line for line, computes in made if not computes} - {"gradients", "gathered"}
+    gathered = made["gathered", False], made["gathered", True]
+    assert gathered[0] > gathered[1] if sharding == "fsdp1" else gathered[0] < gathered[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "communicators"),
     [
