@@ -1,6 +1,7 @@
 """Rehearsing for a GPU that is not here: a published run, what the kernels keep, and the ledger's sum."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -59,7 +60,7 @@ def test_autocast_is_the_gpus() -> None:
     functional = torch.nn.functional
     with FakeWorld() as world, cuda_kernels(find("a100"), world.meter):
         x, weight, labels = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(8), torch.zeros(4, dtype=torch.long)
-        calls = [
+        calls: list[Callable[[], torch.Tensor]] = [
             lambda: functional.layer_norm(x, (8,), weight.bfloat16()),
             lambda: torch.nn.LayerNorm(8, dtype=torch.bfloat16)(x),
             lambda: functional.softmax(x, dim=-1),

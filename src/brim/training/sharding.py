@@ -32,6 +32,7 @@ _COMMUNICATION = ("unshard", "wait_for_unshard", "post_backward")
 
 
 _GATHERS_AHEAD = "_backward_prefetch"
+_WAITS = "wait_for_unshard"
 
 
 def shard(root: LossModule, recipe: Recipe, ranks: Ranks) -> nn.Module:
@@ -102,7 +103,7 @@ def _watch(module: FSDPModule, *, in_flat: bool) -> None:
         for name in _COMMUNICATION:
             setattr(group, name, _gathering(getattr(group, name)))
         if in_flat:
-            group.wait_for_unshard = _where_gathered(group, group.wait_for_unshard)
+            setattr(group, _WAITS, _where_gathered(group, group.wait_for_unshard))
 
 
 def _gather_no_block_ahead(module: FSDPModule) -> None:
