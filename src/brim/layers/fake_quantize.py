@@ -74,7 +74,8 @@ def first_scale(weight_RK: Tensor, grid: Grid, start: Start) -> Tensor:
     """scale_RS to begin with, FP32.
 
     absmax: the largest weight is the last code. mean: 2 mean|w| / sqrt(Q_P), LSQ's own. least-squares: of 14 shrinkings
-    of absmax the one with the least squared error, refined by s = <codes, w> / <codes, codes>.
+    of absmax and of its opposite the one with the least squared error, refined by s = <codes, w> / <codes, codes>. A
+    scale below zero turns a block around, so that its longer side has the code more that the negative side has.
     """
     blocks = grid.blocks(weight_RK.detach().float())
     sizes = blocks.abs()
@@ -82,12 +83,12 @@ def first_scale(weight_RK: Tensor, grid: Grid, start: Start) -> Tensor:
     if start == "least-squares":
         scale = _least_squares(blocks, scale, grid)
     # a block of zeros: any scale will do
-    return torch.where(scale > _LEAST_SCALE, scale, torch.ones_like(scale))
+    return torch.where(scale.abs() > _LEAST_SCALE, scale, torch.ones_like(scale))
 
 
 def _least_squares(blocks_RSB: Tensor, widest_RS: Tensor, grid: Grid) -> Tensor:
     best, least = widest_RS, _squared_error(blocks_RSB, widest_RS, grid)
-    for shrink in _SHRINKS[1:]:
+    for shrink in (*_SHRINKS[1:], *(-shrink for shrink in _SHRINKS)):
         best, least = _better(blocks_RSB, widest_RS * shrink, best, least, grid)
     for _ in range(_REFINEMENTS):
         codes = _codes(blocks_RSB, best, grid)
@@ -106,7 +107,7 @@ def _squared_error(blocks_RSB: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
 
 
 def _codes(blocks_RSB: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
-    return (blocks_RSB / scale_RS.clamp(min=_LEAST_SCALE)[..., None]).round_().clamp_(grid.low, grid.high)
+    return (blocks_RSB / _nonzero(scale_RS)[..., None]).round_().clamp_(grid.low, grid.high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +175,11 @@ class FakeQuantizedLinear(nn.Linear):
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return scale.clamp(min=_LEAST_SCALE).to(dtype)
+    return _nonzero(scale).to(dtype)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale < 0, scale.clamp(max=-_LEAST_SCALE), scale.clamp(min=_LEAST_SCALE))
 
 
 def _updated(weight_RK: Tensor, up_RL: Tensor | None, down_LK: Tensor | None, factor: float) -> Tensor:
