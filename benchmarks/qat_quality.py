@@ -5,10 +5,10 @@ R: that control rounded to nearest (absmax scales). Q: the same steps on the sam
 rounding, saved as integers and read back by transformers. recovered = (R - Q) / (R - C). Beside it torchao's QAT.
 
 Of WikiText-2's validation articles the eight that ship with the package are the evaluation text, four others choose the
-learning rate in a sweep of fewer steps, and the rest is trained on. Each figure is kept in PLACE as soon as it is there
-and not made again, so a killed run goes on where it was; `make qat` writes docs/qat.md from them.
+learning rate, and the rest is trained on. Each figure is kept in PLACE as soon as it is there and not made again, so a
+killed run goes on where it was; `make qat` writes docs/qat.md from them.
 
-    qat_quality.py [--place runs/qat] [--steps 120] [--sweep-steps 40] [--rate RATE] [--docs] [CELL ...]
+    python -m benchmarks.qat_quality [--place runs/qat] [--steps 40] [--docs] [CELL ...]
 """
 
 import argparse
@@ -16,11 +16,10 @@ import json
 import logging
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from benchmarks.qat_peer import rounded, takes
@@ -44,8 +43,9 @@ HERE = Path(__file__).parent
 TEXT = HERE / "data" / "wikitext2_valid.txt"
 DOCUMENT = HERE.parent / "docs" / "qat.md"
 MODEL = "smollm2-135m"
-RATES = (2e-4, 5e-4, 1e-3)
-"""Of the sweep: C and Q at each; the one with the lowest Q on the validation text is taken for all cells."""
+RATES = (5e-4, 1e-3)
+"""The one with the lowest Q on the validation text is taken for all cells, controls and peers."""
+SCALE_RATE = 0.2
 SWEPT = "int4 group:32"
 WINDOW, STRIDE = 512, 448
 EVERY = 13
@@ -61,11 +61,13 @@ class Cell:
 
 
 CELLS = {
-    "int4 group:32": Cell(qat=Qat(format="int4", granularity="group:32"), target=0.90),
-    "int3 group:32": Cell(qat=Qat(format="int3", granularity="group:32"), target=0.75),
-    "int4 channel": Cell(qat=Qat(format="int4", granularity="channel"), target=0.70),
-    "int2 group:32": Cell(qat=Qat(format="int2", granularity="group:32")),
-    "int8 tensor, inputs int8": Cell(qat=Qat(format="int8", granularity="tensor", activations="int8")),
+    "int4 group:32": Cell(qat=Qat(format="int4", granularity="group:32", scale_rate=SCALE_RATE), target=0.90),
+    "int3 group:32": Cell(qat=Qat(format="int3", granularity="group:32", scale_rate=SCALE_RATE), target=0.75),
+    "int4 channel": Cell(qat=Qat(format="int4", granularity="channel", scale_rate=SCALE_RATE), target=0.70),
+    "int2 group:32": Cell(qat=Qat(format="int2", granularity="group:32", scale_rate=SCALE_RATE)),
+    "int8 tensor, inputs int8": Cell(
+        qat=Qat(format="int8", granularity="tensor", activations="int8", scale_rate=SCALE_RATE)
+    ),
 }
 PEERS = {"torchao": False, "torchao, range learning": True}
 Scores = dict[str, float]
@@ -157,18 +159,11 @@ class Bench:
 
     def as_integers(self, workload: Workload) -> Scores:
         """Saved, and read by transformers."""
-        with self._scratch() as directory:
+        with TemporaryDirectory(dir=self.place) as scratch:
+            directory = Path(scratch) / "model"
             save_integers(workload.base, directory, workload.recipe)
             # not our loader, which keeps what is packed in layers of ours
             return scores(Loaded(AutoModelForCausalLM.from_pretrained(directory), load_tokenizer(self.weights)))
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        directory = self.place / "scratch"
-        try:
-            yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
 
     def control(self, steps: int, rate: float) -> Path:
         """The directory of the control, trained when it is not there."""
@@ -202,25 +197,14 @@ class Bench:
         return self.score(key, make)
 
 
-def sweep(bench: Bench, steps: int) -> list[tuple[float, Scores, Scores, Scores]]:
-    """(rate, C, R, Q) of each learning rate."""
-    return [
-        (
-            rate,
-            bench.control_scores(steps, rate),
-            bench.nearest(SWEPT, steps, rate),
-            bench.learned(SWEPT, steps, rate),
-        )
-        for rate in RATES
-    ]
+def recovered(plain: Scores, nearest: Scores, learned: Scores) -> float:
+    return (nearest["evaluation"] - learned["evaluation"]) / (nearest["evaluation"] - plain["evaluation"])
 
 
-def recovered(plain: Scores, nearest: Scores, learned: Scores, text: str = "evaluation") -> float:
-    return (nearest[text] - learned[text]) / (nearest[text] - plain[text])
-
-
-def document(bench: Bench, cells: list[str], steps: int, sweep_steps: int, rate: float) -> str:
-    """Of figures that are kept."""
+def document(bench: Bench, cells: list[str], steps: int) -> str:
+    """Figures that are not kept yet are made."""
+    swept = {rate: bench.learned(SWEPT, steps, rate)["validation"] for rate in RATES}
+    rate = min(swept, key=lambda one: swept[one])
     plain = bench.control_scores(steps, rate)
     before = bench.score("before", lambda: scores(load(bench.weights, device="cpu")))
     lines = [
@@ -235,7 +219,7 @@ def document(bench: Bench, cells: list[str], steps: int, sweep_steps: int, rate:
         "rows at the same learning rate through rounding, saved as integers and read by transformers. Recovered is",
         "(R - Q) / (R - C). torchao's QAT (its default, and with range learning) has the same steps, rows and rates.",
         "",
-        f"Learning rate {rate:g}, scales at {Qat().scale_rate:g} times it.",
+        f"Learning rate {rate:g}, scales at {SCALE_RATE:g} times it (torchao's, too).",
         "",
         "| weights | C | R | Q | recovered | target | torchao | its range learning |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -257,14 +241,12 @@ def document(bench: Bench, cells: list[str], steps: int, sweep_steps: int, rate:
         lines.append("| " + " | ".join([*row, target, *others]) + " |")
     lines += [
         "",
-        f"The learning rate is the one with the lowest Q on four more articles, at {sweep_steps} steps ({SWEPT}):",
+        f"The learning rate is the one with the lowest Q ({SWEPT}) on four more articles:",
         "",
-        "| learning rate | C | R | Q | recovered |",
-        "| --- | --- | --- | --- | --- |",
+        "| learning rate | Q |",
+        "| --- | --- |",
+        *(f"| {one:g} | {value:.2f} |" for one, value in swept.items()),
     ]
-    for swept, plain, nearest, learned in sweep(bench, sweep_steps):
-        figures = " | ".join(f"{s['validation']:.2f}" for s in (plain, nearest, learned))
-        lines.append(f"| {swept:g} | {figures} | {recovered(plain, nearest, learned, 'validation'):.1%} |")
     return "\n".join([*lines, ""])
 
 
@@ -272,18 +254,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cells", nargs="*", default=list(CELLS))
     parser.add_argument("--place", type=Path, default=Path("runs/qat"))
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--sweep-steps", type=int, default=40)
-    parser.add_argument("--rate", type=float, help="instead of the sweep's")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--docs", action="store_true")
     chosen = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     chosen.place.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
         bench = Bench(place=chosen.place, weights=local_directory(describe(MODEL)))
-        swept = sweep(bench, chosen.sweep_steps)
-        best = min(swept, key=lambda row: row[-1]["validation"])[0]
-        text = document(bench, chosen.cells, chosen.steps, chosen.sweep_steps, chosen.rate or best)
+        text = document(bench, chosen.cells, chosen.steps)
     print(text)
     if chosen.docs:
         DOCUMENT.write_text(text, encoding="utf-8")
