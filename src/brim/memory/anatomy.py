@@ -27,16 +27,28 @@ class Family:
     """One linear makes q, k and v; in a gated feed-forward, one makes gate and up."""
     bias: bool = False
     """Every linear of a block has a bias."""
+    feed_bias: bool = False
+    """Those of the feed-forward have one."""
     qkv_bias: bool = False
-    qk_norm: bool = False
+    head_bias: bool = False
+    qk_norm: Literal["none", "heads", "whole"] = "none"
+    """Queries and keys are normalized, with a weight for each place of a head or of the whole width."""
     post_norms: bool = False
     """Attention and feed-forward are normalized after as well as before."""
     positions: int | None = None
     """Rows of a learned position table beyond the config's number of positions; None: no table."""
     parallel: bool = False
     """Attention and feed-forward start from the same tensor."""
+    one_norm: bool = False
+    """And from the same norm of it."""
+    embedding_norm: bool = False
+    """Embeddings are normalized."""
+    wide_scores: bool = False
+    """Eager attention multiplies queries and keys in FP32."""
     turns_part: bool = False
     """Rotary positions turn a part of each head, which is put together with the rest anew."""
+    rotary: bool = True
+    """Positions turn queries and keys."""
     activation: str = "silu"
     dropout: float = 0.0
     """What transformers assumes where the config is silent."""
@@ -53,17 +65,30 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(),
     "granite": Family(),
     "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm=True),
+    "qwen3": Family(qk_norm="heads"),
+    "olmo2": Family(norm="rms-gemma", qk_norm="whole"),  # normalized after, not before: as many tensors
+    "stablelm": Family(norm="layer", turns_part=True),
     "phi3": Family(fused=True, turns_part=True),
     "gemma": Family(norm="rms-gemma", activation="gelu_pytorch_tanh"),
     "gemma2": Family(norm="rms-gemma", post_norms=True, activation="gelu_pytorch_tanh", softcaps=True),
-    "gemma3_text": Family(norm="rms-gemma", post_norms=True, qk_norm=True, activation="gelu_pytorch_tanh"),
+    "gemma3_text": Family(norm="rms-gemma", post_norms=True, qk_norm="heads", activation="gelu_pytorch_tanh"),
     "gpt2": Family(
-        norm="layer", gated=False, fused=True, bias=True, positions=0, activation="gelu_new",
+        norm="layer", gated=False, fused=True, bias=True, positions=0, rotary=False, activation="gelu_new",
         dropout=0.1, attention_dropout=0.1,
     ),
     "gpt_neox": Family(
         norm="layer", gated=False, fused=True, bias=True, turns_part=True, parallel=True, activation="gelu",
+    ),
+    "gptj": Family(
+        norm="layer", gated=False, feed_bias=True, head_bias=True, parallel=True, one_norm=True, wide_scores=True,
+        activation="gelu_new",
+    ),
+    "phi": Family(
+        norm="layer", gated=False, bias=True, head_bias=True, parallel=True, one_norm=True, turns_part=True,
+        activation="gelu_new",
+    ),
+    "bloom": Family(
+        norm="layer", gated=False, fused=True, bias=True, embedding_norm=True, rotary=False, activation="gelu",
     ),
     "opt": Family(norm="layer", gated=False, bias=True, positions=2, activation="relu", dropout=0.1),
     "t5": Family(
@@ -184,6 +209,7 @@ class Anatomy:
         tables = self.num_position_rows * self.hidden_size
         buckets = sum(self.num_bias_buckets * stack.block.attentions[0].num_heads for stack in self.stacks)
         embeddings = self.embedding_parameters * (1 if self.tied_head else 2)
+        embeddings += self.vocab_size * self.family.head_bias + self._norm * self.family.embedding_norm
         return embeddings + tables + buckets + self.block_linear_parameters + self.norm_parameters
 
     @property
@@ -192,11 +218,17 @@ class Anatomy:
 
     def num_norms(self, block: Block) -> int:
         """Norms of the residual stream's width in a block."""
+        if self.family.one_norm:
+            return 1
         return (len(block.attentions) + 1) * (2 if self.family.post_norms else 1)
 
     def _block_norms(self, block: Block) -> int:
-        heads = sum(2 * attention.head_dim for attention in block.attentions) if self.family.qk_norm else 0
-        return self.num_norms(block) * self._norm + heads
+        widths = {
+            "none": 0,
+            "heads": sum(2 * attention.head_dim for attention in block.attentions),
+            "whole": sum(attention.query_width + attention.key_width for attention in block.attentions),
+        }
+        return self.num_norms(block) * self._norm + widths[self.family.qk_norm]
 
 
 def anatomy(spec: ModelSpec) -> Anatomy:
@@ -230,8 +262,8 @@ def _decoder_only(spec: ModelSpec, family: Family) -> Stack:
     hidden, width = spec.hidden_size, spec.intermediate_size
     # Qwen2's config says `attention_bias` of q, k and v alone
     all_bias = family.bias or (bool(spec.config.get("attention_bias")) and not family.qkv_bias)
-    into_bias = all_bias or family.qkv_bias
-    feed_bias = family.bias or bool(spec.config.get("mlp_bias"))
+    into_bias = all_bias or family.qkv_bias or bool(spec.config.get("use_qkv_bias"))
+    feed_bias = family.bias or family.feed_bias or bool(spec.config.get("mlp_bias"))
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     makes = [("qkv_proj", queries + 2 * keys)] if family.fused else [
         ("q_proj", queries), ("k_proj", keys), ("v_proj", keys)
@@ -272,7 +304,15 @@ _GPT_NAMES = {
         "fc1": "dense_h_to_4h",
         "down_proj": "dense_4h_to_h",
     },
+    "bloom": {
+        "qkv_proj": "query_key_value",
+        "o_proj": "dense",
+        "fc1": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+    },
     "opt": {"o_proj": "out_proj", "down_proj": "fc2"},
+    "phi": {"o_proj": "dense", "down_proj": "fc2"},
+    "gptj": {"o_proj": "out_proj", "fc1": "fc_in", "down_proj": "fc_out"},
 }
 
 

@@ -344,7 +344,7 @@ class Step:
         largest = max(linear.inputs * linear.outputs for linear in stack.block.linears)
         unpacked = t.compute_bytes * largest if t.packed else 0
         rounded = _ROUNDING_BYTES * largest if t.rounds else 0
-        return max(rounded, unpacked + through + masks, *(unpacked + nbytes - freed for nbytes in scores))
+        return max(rounded, unpacked + through + masks, *(nbytes - freed for nbytes in scores))
 
     def block_gradients(self, stack: Stack) -> int:
         linears = sum(line.num_parameters for line in stack.block.linears)

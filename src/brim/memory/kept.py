@@ -100,7 +100,7 @@ def attention_bytes(attention: Attention, tokens: int, t: Terms) -> int:
     kept = _norms(count, t) + _normed_input(attention.into[: 1 if attention.cross else None], count, t)
     if attention.cross and t.mixed:
         kept += 2 * BF16 * t.rows * keys * hidden  # k's and v's copies of the encoder's output
-    if t.parts.family.qk_norm:
+    if t.parts.family.qk_norm != "none":
         kept += count * (attention.query_width + attention.key_width) * _norm_bytes(t)
     kept += _scores(attention, tokens, keys, t)
     if t.parts.family.turns_part and not t.eager and t.keeps_input(attention.out):
@@ -127,8 +127,10 @@ def feed_forward_bytes(feed: FeedForward, tokens: int, t: Terms) -> int:
     operands += relu_result + dropout_here
     if t.keeps_input(feed.out) and (copied or not relu_result):
         operands += 1
-    kept = _norms(count, t) + _normed_input(feed.into, count, t) + operands * wide
-    if t.parts.parallel and t.parts.family.norm == "layer":
+    kept = operands * wide
+    if not t.parts.family.one_norm:  # else attention has the norm, and keeps its output
+        kept += _norms(count, t) + _normed_input(feed.into, count, t)
+    if t.parts.parallel and not t.parts.family.one_norm:
         kept -= t.weight_bytes * count * t.parts.hidden_size  # the input of attention's norm, kept there
     if t.parts.dropout:
         kept += t.compute_bytes * count * t.parts.hidden_size
@@ -176,11 +178,12 @@ def mask_bytes(block: Block, tokens: int, t: Terms) -> int:
 def score_gradient_bytes(attention: Attention, tokens: int, t: Terms) -> int:
     """Gradients of an attention's scores, where they are materialized, less what has been freed by then.
 
-    The mathematical path, measured: two FP32 tensors, or one where it upcasts its inputs. Eager: one, and its cast.
+    The mathematical path, measured: two FP32 tensors, or one where it upcasts its inputs. Eager: what comes into its
+    softmax and what leaves it, both FP32.
     """
     scores = t.rows * attention.num_heads * tokens * (t.source_len if attention.cross else tokens)
     if t.eager:
-        return (FP32 + t.compute_bytes) * scores
+        return 2 * FP32 * scores
     if not _takes_scores(attention, t):
         return 0
     return (2 if t.compute_bytes == FP32 else 1) * FP32 * scores
@@ -230,13 +233,14 @@ def _scores(attention: Attention, tokens: int, keys: int, t: Terms) -> int:
     queries, width = count * attention.query_width, t.rows * keys * attention.key_width
     dropout = t.parts.attention_dropout > 0
     # q and k are turned into tensors of their own, and v, a view, keeps what one linear made for all three
-    views = e * (queries + width) if t.parts.family.fused and t.parts.family.positions is None else 0
+    views = e * (queries + width) if t.parts.family.fused and t.parts.family.rotary else 0
     if t.eager:
         expanded = t.rows * keys * attention.query_width
         probabilities = FP32 if e == FP32 else FP32 + e
         capped = e if t.parts.caps_scores else 0  # tanh keeps its result
         each = probabilities + capped + (2 * e if dropout else 0)
-        return e * (2 * queries + 2 * expanded) + scores * each + views
+        wider = (FP32 - e) * (queries + expanded) if t.parts.family.wide_scores else 0
+        return e * (2 * queries + 2 * expanded) + wider + scores * each + views
     if _takes_scores(attention, t):
         expanded = t.rows * keys * attention.query_width
         return e * queries + FP32 * (queries + 2 * expanded) + scores * (3 * FP32 if dropout else FP32) + views
