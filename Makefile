@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Twice quiet: warnings about an index that lacks one package and has the next are noise; errors still show.
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check kills bench qat exactness accuracy closed-form quantize-accuracy fuzz pins clean
+.PHONY: demo test check kills bench qat exactness accuracy closed-form plan-grid quantize-accuracy fuzz pins clean
 
 demo: $(READY)
 	$(VENV)/bin/brim demo
@@ -54,9 +54,14 @@ exactness: $(READY)
 accuracy: $(READY)
 	$(PY) -W ignore -m benchmarks.accuracy $(if $(ROWS),--rows $(ROWS)) $(if $(OUT),--out $(OUT)) \
 	  $(if $(DOCS),--docs docs/accuracy.md) $(if $(LEARN),--learn src/brim/memory/data/gpu_errors.csv)
-	$(PY) -W ignore -m benchmarks.throughput $(if $(LEARN),--learn)
+	$(PY) -W ignore -m benchmarks.throughput $(if $(DOCS),--docs) $(if $(LEARN),--learn)
 	$(PY) -W ignore -m benchmarks.step_time $(if $(BUSY),--busy) $(if $(LEARN),--learn)
 	$(PY) -W ignore -m benchmarks.levers $(if $(DOCS),--docs)
+
+# The recipe that a plan ranks first against a grid run for real (BUSY=1: on a machine that does other work), kept cell by
+# cell; about half an hour; writes docs/plan_grid.md.
+plan-grid: $(READY)
+	$(PY) -W ignore -m benchmarks.plan_grid --docs $(if $(BUSY),--busy)
 
 # The closed form against rehearsals of the whole catalogue, kept cell by cell; an hour or two; writes docs/closed_form.md.
 closed-form: $(READY)
