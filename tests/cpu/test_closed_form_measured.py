@@ -28,6 +28,14 @@ _GEMMA3 = {
 }  # fmt: skip
 _GEMMA2 = {**_GEMMA3, "model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _PHI3 = {**_LLAMA, "model_type": "phi3", "pad_token_id": 0, "tie_word_embeddings": False}
+_OLMO2 = {**_LLAMA, "model_type": "olmo2", "pad_token_id": 0, "tie_word_embeddings": False}
+_STABLELM = {**_LLAMA, "model_type": "stablelm", "tie_word_embeddings": False}
+_PHI = {**_LLAMA, "model_type": "phi", "num_key_value_heads": 4, "hidden_act": "gelu_new", "tie_word_embeddings": False}
+_GPTJ = {
+    "model_type": "gptj", "n_embd": 128, "n_layer": 4, "n_head": 4, "rotary_dim": 16, "n_positions": 512,
+    "vocab_size": 2000, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "tie_word_embeddings": False,
+}  # fmt: skip
+_BLOOM = {"model_type": "bloom", "hidden_size": 128, "n_layer": 4, "n_head": 4, "vocab_size": 2000}
 _GPT2 = {"model_type": "gpt2", "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 512, "vocab_size": 2000}
 _NEOX = {
     "model_type": "gpt_neox", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -43,6 +51,7 @@ _FLAN_T5 = {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": Fal
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA, "qwen2": _QWEN2, "qwen3": _QWEN3, "gemma2": _GEMMA2, "gemma3": _GEMMA3, "phi3": _PHI3,
+    "olmo2": _OLMO2, "stablelm": _STABLELM, "phi": _PHI, "gptj": _GPTJ, "bloom": _BLOOM,
     "gpt2": _GPT2, "gpt_neox": _NEOX, "t5": _T5, "flan-t5": _FLAN_T5,
 }  # fmt: skip
 _RECIPES: dict[str, dict[str, Any]] = {
@@ -88,8 +97,8 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "grad_accumulation": 2,
     },
 }
-_FEW = ("full mixed", "full bf16, 8 bits, checkpointed", "lora bf16, dropout", "qlora, chunked")
-_ALIKE = ("gemma2", "phi3")
+_FEW = ("full mixed", "lora bf16, dropout")
+_ALIKE = ("gemma2", "phi3", "olmo2", "stablelm", "phi", "gptj", "bloom")
 """They share most rules with families that are held with all recipes; a few show theirs."""
 
 pytestmark = [
