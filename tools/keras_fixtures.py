@@ -9,6 +9,8 @@ import importlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,26 +38,40 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 IN_SHARDS = ("bart",)
+NEWER = {"bert": "model.weights.h5", "t5": "model.weights.h5", "gpt2": "model.keras"}
+"""Keras's own files, of two layers."""
 
 
 def main(place: Path) -> None:
     os.environ["TF_USE_LEGACY_KERAS"] = "1"  # the Keras that transformers 4 is written for
     transformers: Any = importlib.import_module("transformers")
     for family, (kind, sizes) in MODELS.items():
-        torch.manual_seed(0)
-        model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**sizes))
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        with TemporaryDirectory() as there:
-            model.save_pretrained(there)
-            other = getattr(transformers, f"TF{kind}").from_pretrained(there, from_pt=True)
-            output = place / family
-            output.mkdir(parents=True, exist_ok=True)
-            limit = "8KB" if family in IN_SHARDS else "5GB"
-            other.save_pretrained(output, safe_serialization=False, max_shard_size=limit)
-            (output / "generation_config.json").unlink(missing_ok=True)
-            shutil.copyfile(Path(there) / "model.safetensors", output / "pytorch.safetensors")
-            shutil.copyfile(Path(there) / "config.json", output / "config.json")
+        limit = "8KB" if family in IN_SHARDS else "5GB"
+        with _converted(transformers, kind, sizes, place / family) as model:
+            model.save_pretrained(place / family, safe_serialization=False, max_shard_size=limit)
+            (place / family / "generation_config.json").unlink(missing_ok=True)
+    for family, name in NEWER.items():
+        kind, sizes = MODELS[family]
+        output = place / f"{family}-newer"
+        layers = {key: 2 for key in ("num_hidden_layers", "num_layers", "n_layer") if key in sizes}
+        with _converted(transformers, kind, sizes | layers, output) as model:
+            save = model.save if name.endswith(".keras") else model.save_weights
+            save(output / name)
+
+
+@contextmanager
+def _converted(transformers: Any, kind: str, sizes: dict[str, Any], output: Path) -> Iterator[Any]:
+    """TensorFlow's model of random PyTorch weights, which go to the output beside their config."""
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    output.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as there:
+        model.save_pretrained(there)
+        yield getattr(transformers, f"TF{kind}").from_pretrained(there, from_pt=True)
+        shutil.copyfile(Path(there) / "model.safetensors", output / "pytorch.safetensors")
+        shutil.copyfile(Path(there) / "config.json", output / "config.json")
 
 
 if __name__ == "__main__":

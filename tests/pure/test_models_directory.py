@@ -133,6 +133,14 @@ def test_pickle_is_refused_with_the_reason(tmp_path: Path) -> None:
         describe(str(tmp_path))
 
 
+def test_a_tensorflow_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """The form of .index and .data files is named, and what turns it into another."""
+    for name in ("bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ModelFileError, match=r"TensorFlow checkpoint .*from_tf=True.*save_pretrained"):
+        weight_files(tmp_path)
+
+
 def test_the_header_decides_whether_the_head_is_tied(tmp_path: Path) -> None:
     """No head in the file: tied and counted once, whatever the config says. A head of its own: untied, counted too."""
     tied = describe(str(write_model(tmp_path / "tied", {EMBEDDING: ones(32, 8)})))

@@ -1,4 +1,4 @@
-"""TensorFlow and Keras weights: `tf_model.h5`, one or in shards, as transformers 4 wrote them.
+"""TensorFlow's and Keras's weights as transformers 4 wrote them: `tf_model.h5`, in shards too, `.weights.h5`, `.keras`.
 
 Their tensors get the names and shapes that PyTorch has for them; matrices that lie transposed are read as they lie.
 """
@@ -6,12 +6,17 @@ Their tensors get the names and shapes that PyTorch has for them; matrices that 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from brim.checkpoints.archive import entries
 from brim.checkpoints.hdf5 import Dataset, datasets
 from brim.checkpoints.keras_names import named
+from brim.checkpoints.keras_paths import variable_of
 from brim.errors import ModelFileError
 from brim.models.directory import StoredTensor, checked_file, keras_file, parse_weight_map, same_bytes, shard_names
 from brim.models.files import read_json_object
 from brim.models.spec import TensorSpec
+
+_INNER = "model.weights.h5"
+"""In a .keras archive."""
 
 
 def keras_tensors(directory: Path) -> tuple[StoredTensor, ...]:
@@ -24,7 +29,21 @@ def keras_tensors(directory: Path) -> tuple[StoredTensor, ...]:
     if name.endswith(".json"):
         return _distinct(_in_shards(directory, name), directory / name)
     path = checked_file(directory, name)
-    return _distinct((_stored(path, dataset, _variable(dataset.name, path)) for dataset in datasets(path)), path)
+    found = datasets(path, *_inside(path)) if name.endswith(".keras") else datasets(path)
+    if any("/vars/" in dataset.name for dataset in found):
+        family = str(read_json_object(checked_file(directory, "config.json")).get("model_type"))
+        variables = [variable_of(dataset.name, dataset.shape, family=family, where=path) for dataset in found]
+    else:
+        variables = [_variable(dataset.name, path) for dataset in found]
+    return _distinct((_stored(path, *pair) for pair in zip(found, variables, strict=True)), path)
+
+
+def _inside(path: Path) -> tuple[int, int]:
+    """Where the HDF5 data of a .keras archive begin and end."""
+    found = entries(path, kind="Keras 3 writes one; save the model anew with model.save")
+    if _INNER not in found:
+        raise ModelFileError(f"{path} has no {_INNER} inside, so it is none of Keras's archives of a model")
+    return found[_INNER]
 
 
 def _in_shards(directory: Path, index: str) -> Iterator[StoredTensor]:

@@ -17,6 +17,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _KERAS = ("tf_model.h5.index.json", "tf_model.h5")
+_CHECKPOINTS = ("*.ckpt.index", "*.data-00000-of-*")
+_KERAS_OF_ANY_NAME = ("*.weights.h5", "*.keras")
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
 
 
@@ -36,11 +38,11 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     """The safetensors files of this model, in order of name; empty when it has no weights. Raises ModelFileError."""
     if (directory / INDEX).exists():
         return tuple(checked_file(directory, name) for name in shard_names(_weight_map(directory / INDEX), INDEX))
-    if (directory / SINGLE).is_symlink() or (directory / SINGLE).exists():
+    if _is_there(directory / SINGLE):
         return (checked_file(directory, SINGLE),)
     if name := keras_file(directory):
         raise ModelFileError(
-            f"{directory} holds its weights as TensorFlow's {name}; convert it once with "
+            f"{directory} holds its weights as TensorFlow's or Keras's {name}; convert it once with "
             "brim quantize DIRECTORY --to fp32, and use what that makes"
         )
     if any((directory / name).exists() for name in _PICKLES):
@@ -48,15 +50,33 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
             f"{directory} holds its weights as pickle (.bin), which can run code when read; "
             "convert it once with brim quantize DIRECTORY --unpickle, or save the model as safetensors"
         )
+    if checkpoint := next((path for pattern in _CHECKPOINTS for path in directory.glob(pattern)), None):
+        raise ModelFileError(
+            f"{directory} holds its weights as a TensorFlow checkpoint ({checkpoint.name}), which is not read: load it "
+            "once with transformers 4 (from_tf=True) and save_pretrained, which writes safetensors"
+        )
     return ()
 
 
 def keras_file(directory: Path) -> str | None:
-    """The file of TensorFlow's weights that is read, or their index, where the directory has no safetensors."""
-    if any((directory / name).is_symlink() or (directory / name).exists() for name in (SINGLE, INDEX)):
+    """The file of TensorFlow's weights that is read, or their index, where the directory has no safetensors.
+
+    Raises ModelFileError where several could be meant.
+    """
+    if any(_is_there(directory / name) for name in (SINGLE, INDEX)):
         return None
-    there = (name for name in _KERAS if (directory / name).is_symlink() or (directory / name).exists())
-    return next(there, None)
+    for name in _KERAS:
+        if _is_there(directory / name):
+            return name
+    found = sorted(path.name for pattern in _KERAS_OF_ANY_NAME for path in directory.glob(pattern))
+    if len(found) > 1:
+        raise ModelFileError(f"{directory} holds {' and '.join(found[:4])}; leave one of them there")
+    return found[0] if found else None
+
+
+def _is_there(path: Path) -> bool:
+    """Also a link that leads nowhere, which is then refused by name."""
+    return path.is_symlink() or path.exists()
 
 
 def read_tensors(directory: Path) -> tuple[TensorSpec, ...]:

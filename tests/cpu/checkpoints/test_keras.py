@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from brim.errors import MissingPartError, ModelFileError
 DATA = Path(__file__).parent / "data" / "keras"
 KINDS: dict[str, Any] = {
     "bert": AutoModelForMaskedLM, "gpt2": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM,
-    "bart": AutoModelForSeq2SeqLM,
+    "bart": AutoModelForSeq2SeqLM, "bert-newer": AutoModelForMaskedLM, "gpt2-newer": AutoModelForCausalLM,
+    "t5-newer": AutoModelForSeq2SeqLM,
 }  # fmt: skip
+"""Those of Keras's newer files have two layers: elements of a list are numbered there."""
 Captured = pytest.CaptureFixture[str]
 
 
@@ -144,6 +147,30 @@ def test_damaged_files_are_refused(bert: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelFileError, match=r"tf_model\.h5"):
         keras_tensors(bert)
+
+
+def test_keras_archives_are_held_to_their_form(tmp_path: Path) -> None:
+    """A .keras file without the weights inside, a family whose names are not known, paths that Keras does not make, and
+    two files of weights are refused."""
+    place = Path(shutil.copytree(DATA / "gpt2-newer", tmp_path / "gpt2"))
+    config = (place / "config.json").read_text()
+    (place / "config.json").write_text(config.replace('"gpt2"', '"electra"'))
+    with pytest.raises(ModelFileError, match="known for bert, gpt2, t5, bart, and this is electra"):
+        keras_tensors(place)
+    (place / "config.json").write_text(config)
+    with zipfile.ZipFile(place / "model.keras", "w") as archive:
+        archive.writestr("config.json", "{}")
+    with pytest.raises(ModelFileError, match=r"has no model\.weights\.h5 inside"):
+        keras_tensors(place)
+    written(place / "other.weights.h5", plain("transformer/h/vars/x"))
+    with pytest.raises(ModelFileError, match=r"model\.keras|other\.weights\.h5 and model\.keras; leave one"):
+        keras_tensors(place)
+    (place / "model.keras").unlink()
+    with pytest.raises(ModelFileError, match="not named as Keras names variables"):
+        keras_tensors(place)
+    written(place / "other.weights.h5", plain("transformer/ln_f/vars/2", shape=(2,)))
+    with pytest.raises(ModelFileError, match="one variable more"):
+        keras_tensors(place)
 
 
 def test_a_crash_of_the_library_is_a_refusal(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
