@@ -25,4 +25,5 @@ def encode_packed_between(
     if block_RK.dtype == torch.float64:
         sums.overflowed = max(sums.overflowed, int(torch.isinf(block_RK.float()).sum()))
     bits = FORMATS[format].element_bits
-    return Encoded((pack(encoded.codes, bits=bits), encoded.scale, pack_zeros(encoded.zero, bits=bits)), sums)
+    parts = (pack(encoded.codes, bits=bits), encoded.scale, pack_zeros(encoded.zero, bits=bits))
+    return Encoded(parts, sums, lambda: decoded_RK)

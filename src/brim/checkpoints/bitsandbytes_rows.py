@@ -64,14 +64,14 @@ def encode_nf4(block_RK: Tensor, scratch: Scratch) -> Encoded:
     sums = compare(block_RK, decoded.view(block_RK.shape), scratch, scale=absmax)
     if block_RK.dtype == torch.float64:
         sums.overflowed = max(sums.overflowed, int(torch.isinf(values_RK).sum()))
-    return Encoded((codes, absmax), sums)
+    return Encoded((codes, absmax), sums, lambda: decoded.view(block_RK.shape))
 
 
 def encode_int8(block_RK: Tensor, scratch: Scratch) -> Encoded:
     """Codes (R, K) and 127 times the scales (R,)."""
     encoded = encode_rows(block_RK, scratch, scale_dtype=torch.float32)
     codes_RK, scale_R = encoded.parts
-    return Encoded((codes_RK, scale_R.flatten() * _LAST_CODE), encoded.statistics)
+    return Encoded((codes_RK, scale_R.flatten() * _LAST_CODE), encoded.statistics, encoded.decoded)
 
 
 def _to_nf4(tensor: StoredTensor, *, transposed: bool) -> Conversion:

@@ -24,7 +24,7 @@ def encode_block_rows(block_RK: Tensor, scratch: Scratch, *, format: str, arrang
     decoded_RK = decode_blocks(blocks).view(arranged_RK.shape)
     sums = compare(arranged_RK, decoded_RK, scratch, scale=blocks.scale_N)
     sums.overflowed = BLOCK * int(torch.isinf(blocks.scale_N).sum())
-    return Encoded((pack_blocks(blocks, format=format),), sums)
+    return Encoded((pack_blocks(blocks, format=format),), sums, lambda: decoded_RK)
 
 
 def encode_plain_rows(
@@ -34,6 +34,6 @@ def encode_plain_rows(
     arranged_RK = arrange(block_RK)
     if not offset:
         narrow_RK = arranged_RK.to(dtype)
-        return Encoded((narrow_RK,), compare(arranged_RK, narrow_RK, scratch))
+        return Encoded((narrow_RK,), compare(arranged_RK, narrow_RK, scratch), lambda: narrow_RK)
     narrow_RK = (arranged_RK.float() + offset).to(dtype)
-    return Encoded((narrow_RK,), compare(arranged_RK, narrow_RK - offset, scratch))
+    return Encoded((narrow_RK,), compare(arranged_RK, narrow_RK - offset, scratch), lambda: narrow_RK)

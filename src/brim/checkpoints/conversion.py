@@ -28,6 +28,8 @@ class Encoded(NamedTuple):
     parts: tuple[Tensor, ...]
     """The next bytes of each output of the conversion; good until the next block is encoded."""
     statistics: Statistics | RowSums
+    decoded: Callable[[], Tensor]
+    """The rows, in floats, as a reader will see them; in the order of the output. As good, and as long, as `parts`."""
 
 
 Encode = Callable[[Tensor, Scratch], Encoded]
@@ -100,7 +102,7 @@ def keep(tensor: StoredTensor) -> Conversion:
     return Conversion(
         source=tensor,
         outputs=(tensor.spec,),
-        encode=lambda block, scratch: Encoded((block,), look(block, scratch)),
+        encode=lambda block, scratch: Encoded((block,), look(block, scratch), lambda: block),
         row_elements=row,
         row_bytes=(row * element_type(tensor.spec).itemsize,),
     )
@@ -112,7 +114,7 @@ def cast(tensor: StoredTensor, output: TensorSpec) -> Conversion:
 
     def encode(block: Tensor, scratch: Scratch) -> Encoded:
         narrow = scratch.take("cast", block.shape, dtype).copy_(block)
-        return Encoded((narrow,), compare(block, narrow, scratch))
+        return Encoded((narrow,), compare(block, narrow, scratch), lambda: narrow)
 
     return Conversion(
         source=tensor, outputs=(output,), encode=encode, row_elements=row, row_bytes=(row * dtype.itemsize,)

@@ -17,10 +17,9 @@ from brim.checkpoints.companions import companions, copy_companions
 from brim.checkpoints.job import Job, as_json, plan_job
 from brim.checkpoints.journal import NAME as JOURNAL
 from brim.checkpoints.journal import Done, Journal
-from brim.checkpoints.keras_weights import keras_tensors
 from brim.checkpoints.layouts import gguf
 from brim.checkpoints.mixture import NO_MIXTURE, Mixture
-from brim.checkpoints.pickled import pickled_tensors
+from brim.checkpoints.sources import read_model
 from brim.checkpoints.statistics import Statistics
 from brim.checkpoints.stream import (
     Chunk,
@@ -43,8 +42,7 @@ from brim.checkpoints.workplace import (
     removed_unless_resumable,
 )
 from brim.errors import DoesNotFitError, ModelFileError, UsageError
-from brim.models.describe import describe_directory
-from brim.models.directory import StoredTensor, keras_file, stored_tensors
+from brim.models.directory import StoredTensor
 from brim.models.spec import ModelSpec
 from brim.numerics.granularity import Granularity
 from brim.publish import alone, appear, partial_of
@@ -143,7 +141,7 @@ def _quantize(
 ) -> tuple[QuantizationReport, ...]:
     """`wanted`: by the directory in the output."""
     check_output(output, source=source)
-    spec, stored = _read(source, unpickle)
+    spec, stored = read_model(source, unpickle)
     _check_calibration(asked.scales, calibration, unpickle)
     jobs = _plan(source, spec, stored, wanted, asked)
     place, partial = output.absolute(), partial_of(output.absolute())
@@ -177,15 +175,6 @@ def _plan(
         name: plan_job(source, spec, stored, each.to, layout=each.layout, **asked._asdict())
         for name, each in wanted.items()
     }
-
-
-def _read(source: Path, unpickle: bool) -> tuple[ModelSpec, tuple[StoredTensor, ...]]:
-    """What the model is, and where its tensors are."""
-    if unpickle:
-        stored = pickled_tensors(source)
-    else:
-        stored = keras_tensors(source) if keras_file(source) else stored_tensors(source)
-    return describe_directory(str(source.resolve()), source.resolve(), stored), stored
 
 
 def _check_calibration(scales: ScaleChoice, calibration: CalibrationText | None, unpickle: bool) -> None:
@@ -245,7 +234,7 @@ def audit_all(
     """The reports that `quantize_all` would give, without writing anything."""
     if scales == "calibrated":
         raise UsageError("--audit looks at weights alone; leave --scales calibrated away, or use --scales mse")
-    spec, stored = _read(source, unpickle)
+    spec, stored = read_model(source, unpickle)
     jobs = _plan(
         source, spec, stored, {each.name: each for each in wanted}, _Asked(granularity, scales, symmetric, mixture)
     )

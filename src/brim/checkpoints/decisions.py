@@ -98,7 +98,7 @@ def _encode(decisions: Decisions, conversion: Conversion, block_RK: Tensor, firs
     low, high = all_codes(integers.format)
     clipped = int(((nearest < low) | (nearest > high)).sum())
     sums = compare(block_RK, decoded_RK, scratch, clipped=clipped, scale=scale_RG)
-    return Encoded((integers.finish(codes_RK), scale_RG.to(integers.scale_dtype)), sums)
+    return Encoded((integers.finish(codes_RK), scale_RG.to(integers.scale_dtype)), sums, lambda: decoded_RK)
 
 
 def _read(path: Path, offset: int, nbytes: int) -> Tensor:

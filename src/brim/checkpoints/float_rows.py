@@ -18,7 +18,7 @@ def encode_float_rows(block_RK: Tensor, scratch: Scratch, *, format: str, scale_
     top_R = block_RK.float().abs().amax(dim=-1)
     stored_R = storable_scale(top_R / largest, largest_code=largest, dtype=scale_dtype)
     encoded = encode_float_shared(block_RK, scratch, format=format, scale=stored_R)
-    return Encoded((*encoded.parts, stored_R), encoded.statistics)
+    return Encoded((*encoded.parts, stored_R), encoded.statistics, encoded.decoded)
 
 
 def encode_float_shared(block_RK: Tensor, scratch: Scratch, *, format: str, scale: Tensor) -> Encoded:
@@ -29,7 +29,8 @@ def encode_float_shared(block_RK: Tensor, scratch: Scratch, *, format: str, scal
     # Where the scale was rounded down, the largest is a little past the last value, and E5M2 would make it Inf.
     scaled_RK = (values_RK / scale_R1).clamp_(-largest, largest)
     small_RK = scaled_RK.to(TORCH_DTYPES[format])
-    sums = compare(block_RK, small_RK.float() * scale_R1, scratch, scale=stored_R)
+    decoded_RK = small_RK.float() * scale_R1
+    sums = compare(block_RK, decoded_RK, scratch, scale=stored_R)
     if block_RK.dtype == torch.float64:
         sums.overflowed = max(sums.overflowed, int(torch.isinf(values_RK).sum()))
-    return Encoded((small_RK,), sums)
+    return Encoded((small_RK,), sums, lambda: decoded_RK)

@@ -60,7 +60,11 @@ def encode_rows(
         error_R=largest_of_rows(error_SB),
         scales_per_row=inputs // values_SB.shape[1],
     )
-    return Encoded((codes_SB.view(block_RK.shape), stored_S), sums)
+
+    def decoded() -> Tensor:
+        return (codes_SB * scale_S.unsqueeze(-1)).view(block_RK.shape)
+
+    return Encoded((codes_SB.view(block_RK.shape), stored_S), sums, decoded)
 
 
 def _clip(rounded_SB: Tensor, largest: int) -> int:
@@ -78,4 +82,4 @@ def _encode_double(
     sums = compare(block_RK, decoded, scratch, clipped=encoded.num_clipped, scale=encoded.scale)
     past = int(torch.isinf(block_RK.float()).sum())
     sums.overflowed = max(sums.overflowed, past)
-    return Encoded((encoded.codes, encoded.scale), sums)
+    return Encoded((encoded.codes, encoded.scale), sums, lambda: decoded)

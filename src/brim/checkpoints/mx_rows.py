@@ -20,4 +20,4 @@ def encode_mxfp4(block_RK: Tensor, scratch: Scratch) -> Encoded:
     sums = compare(block_RK, decoded_RK, scratch, clipped=blocks.num_clipped, scale=scale)
     if block_RK.dtype == torch.float64:
         sums.overflowed = max(sums.overflowed, int(torch.isinf(block_RK.float()).sum()))
-    return Encoded((pack_nibbles(blocks.codes), blocks.exponents), sums)
+    return Encoded((pack_nibbles(blocks.codes), blocks.exponents), sums, lambda: decoded_RK)

@@ -20,4 +20,5 @@ def encode_packed(
     """Words (R, K * bits / 32) and scales, one for each group of a row."""
     encoded = encode_rows(block_RK, scratch, scale_dtype=scale_dtype, format=format, granularity=granularity)
     codes_RK, scale_S = encoded.parts
-    return Encoded((pack(codes_RK, bits=FORMATS[format].element_bits), scale_S), encoded.statistics)
+    words = pack(codes_RK, bits=FORMATS[format].element_bits)
+    return Encoded((words, scale_S), encoded.statistics, encoded.decoded)

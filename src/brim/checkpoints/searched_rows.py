@@ -41,4 +41,4 @@ def encode_searched(
     sums = compare(block_RK, decoded_RK, scratch, clipped=encoded.num_clipped, scale=encoded.scale)
     if block_RK.dtype == torch.float64:
         sums.overflowed = max(sums.overflowed, int(torch.isinf(block_RK.float()).sum()))
-    return Encoded((finish(encoded.codes), encoded.scale), sums)
+    return Encoded((finish(encoded.codes), encoded.scale), sums, lambda: decoded_RK)

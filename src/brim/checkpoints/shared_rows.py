@@ -19,7 +19,8 @@ def encode_shared(block_RK: Tensor, scratch: Scratch, *, format: str, scale: Ten
     rounded_RK = (block_RK.float() / scale.float()).round_()
     clipped = int(((rounded_RK < low) | (rounded_RK > high)).sum())
     codes_RK = rounded_RK.clamp_(low, high).to(torch.int8)
-    sums = compare(block_RK, rounded_RK * scale.float(), scratch, clipped=clipped, scale=scale)
+    decoded_RK = rounded_RK * scale.float()
+    sums = compare(block_RK, decoded_RK, scratch, clipped=clipped, scale=scale)
     if block_RK.dtype == torch.float64:
         sums.overflowed = max(sums.overflowed, int(torch.isinf(block_RK.float()).sum()))
-    return Encoded((finish(codes_RK),), sums)
+    return Encoded((finish(codes_RK),), sums, lambda: decoded_RK)

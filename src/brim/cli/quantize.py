@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from brim.checkpoints.audit import QuantizationReport
     from brim.checkpoints.mixture import Mixture
+    from brim.checkpoints.portrait import Portrait
 
 WORST = 5
 _To = Annotated[
@@ -89,6 +90,12 @@ _Plot = Annotated[
     Path | None,
     typer.Option(help="Draw what each tensor lost, by layer: FILE.svg or FILE.png.", show_default=False),
 ]
+_Tensor = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="With --plot: this weight's elements, too, before and after.", show_default=False
+    ),
+]
 _Calibration = Annotated[
     Path | None,
     typer.Option(
@@ -121,6 +128,7 @@ def command(
     resume: Annotated[bool, typer.Option(help="Go on with a killed or interrupted run.")] = False,
     audit_only: _Audit = False,
     plot: _Plot = None,
+    tensor: _Tensor = None,
     json: Json = False,
 ) -> None:
     """A smaller checkpoint: floats, INT8, INT4, MXFP4 or FP8 linear weights, or a GGUF file."""
@@ -134,6 +142,7 @@ def command(
     _check_audit(audit_only, output=output, resume=resume, calibration=calibration)
     _check_several(wanted, calibration=calibration, plot=plot)
     picture.check(plot)
+    _check_tensor(tensor, plot=plot, calibration=calibration)
     place = output or Path(f"{_short_name(model)}-{'-'.join(targets)}")
     settings: dict[str, Any] = {"scales": choice, "memory_bytes": units.parse_bytes(memory)}
     settings["granularity"] = None if granularity is None else parse_granularity(granularity)
@@ -142,25 +151,22 @@ def command(
     started = time.perf_counter()
     if budget is not None:
         mixture = _within(budget, source, mixture, settings, unpickle=unpickle)
+    settings |= {"mixture": mixture, "symmetric": not asymmetric, "unpickle": unpickle}
+    drawn = _portrait(source, tensor, wanted=wanted[0], **settings)
+    listeners: dict[str, units.Progress] = {}
     with ExitStack() as bars:
         if text is not None:
-            settings["calibration_progress"] = bars.enter_context(console.progress("calibrating"))
-        doing = "auditing for" if audit_only else "quantizing to"
-        settings["progress"] = bars.enter_context(console.progress(f"{doing} {', '.join(targets)}", in_bytes=True))
+            listeners["calibration_progress"] = bars.enter_context(console.progress("calibrating"))
+        doing = f"{'auditing for' if audit_only else 'quantizing to'} {', '.join(targets)}"
+        listeners["progress"] = bars.enter_context(console.progress(doing, in_bytes=True))
         work = _work(source, None if audit_only else place, wanted, text, resume=resume)
-        reports = work(mixture=mixture, symmetric=not asymmetric, unpickle=unpickle, **settings)
-    seconds = time.perf_counter() - started
-    _draw(plot, reports[0])
+        reports = work(**settings, **listeners)
+    _draw(plot, reports[0], drawn)
+    told = reports, wanted, model, None if audit_only else place, time.perf_counter() - started
     if json:
-        console.print_json(_to_dict(reports, wanted, model, None if audit_only else place, seconds))
-        return
-    for report, each in zip(reports, wanted, strict=True):
-        if len(reports) > 1:
-            console.out.print(f"{each.name}:")
-        _print(report)
-        if len(reports) > 1:
-            console.out.print("")
-    _print_place(reports, wanted, place, model, None if audit_only else seconds)
+        console.print_json(_to_dict(*told))
+    else:
+        _print_all(*told, default=place)
 
 
 def _work(
@@ -258,13 +264,29 @@ def _choice(text: str, known: tuple[ScaleChoice, ...]) -> ScaleChoice:
     return choice
 
 
-def _draw(path: Path | None, report: "QuantizationReport") -> None:
+def _check_tensor(tensor: str | None, *, plot: Path | None, calibration: Path | None) -> None:
+    if tensor is not None and (plot is None or calibration is not None):
+        raise UsageError(
+            "--tensor says which weight --plot FILE draws, without calibration; add --plot, or leave it away"
+        )
+
+
+def _portrait(source: Path, tensor: str | None, **settings: Any) -> "Portrait | None":
+    """Before the work: a slip in the name costs nothing."""
+    if tensor is None:
+        return None
+    from brim.checkpoints.portrait import portrait
+
+    return portrait(source, tensor, **settings)
+
+
+def _draw(path: Path | None, report: "QuantizationReport", drawn: "Portrait | None") -> None:
     if path is None:
         return
     from brim.checkpoints.picture import draw_report
 
     with picture.whole(path) as partial:
-        draw_report(partial, report)
+        draw_report(partial, report, drawn)
 
 
 def _short_name(model: str) -> str:
@@ -294,20 +316,28 @@ def _print(report: "QuantizationReport") -> None:
         console.out.print(worst)
 
 
-def _print_place(
+def _print_all(
     reports: "tuple[QuantizationReport, ...]",
     wanted: tuple[Wanted, ...],
-    place: Path,
     model: str,
-    seconds: float | None,
+    output: Path | None,
+    seconds: float,
+    *,
+    default: Path,
 ) -> None:
-    if seconds is None:
-        console.note(f"nothing was written; without --audit the model goes to {place}")
+    for report, each in zip(reports, wanted, strict=True):
+        if len(reports) > 1:
+            console.out.print(f"{each.name}:")
+        _print(report)
+        if len(reports) > 1:
+            console.out.print("")
+    if output is None:
+        console.note(f"nothing was written; without --audit the model goes to {default}")
         return
     duration = units.format_duration(seconds)
-    console.out.print(f"\nwritten to {place} in {duration}; every tensor: quantization_report.json", markup=False)
+    console.out.print(f"\nwritten to {output} in {duration}; every tensor: quantization_report.json", markup=False)
     for report, each in zip(reports, wanted, strict=True):
-        made = place if len(wanted) == 1 else place / each.name
+        made = output if len(wanted) == 1 else output / each.name
         made = made / "model.gguf" if report.layout == "gguf" else made
         console.note(f"compare: brim evaluate {made} --baseline {model}")
 

@@ -48,9 +48,10 @@ def test_codes_and_scales_are_the_references(
     expected = encode_integer(weight, format=format, granularity=granularity, scale_dtype=dtype)
     scratch = Scratch()
     for _ in range(2):  # memory that was used before changes nothing
-        (codes, scale), sums = encode_rows(
+        (codes, scale), sums, decoded = encode_rows(
             weight.clone(), scratch, scale_dtype=dtype, format=format, granularity=granularity
         )
+        assert torch.equal(decoded(), decode(expected.codes, expected.scale, granularity=granularity))
         assert torch.equal(codes, expected.codes)
         assert torch.equal(scale.view(expected.scale.shape), expected.scale)
     assert isinstance(sums, RowSums)
