@@ -199,11 +199,11 @@ def _continued(traces: Sequence[Trace], times: int) -> Trace | None:
 
 def goes_block_by_block(recipe: Recipe) -> bool:
     """Nothing in the recipe names a block or divides work by bytes instead of by blocks (DDP's buckets, ZeRO-1's
-    shares of the parameters, pipeline stages)."""
+    shares of the parameters), or by many blocks (pipeline stages)."""
     parallel, targets = recipe.parallel, recipe.lora.targets
     return (
         not parallel.copies_weights
-        and parallel.tensor == parallel.pipeline == 1
+        and parallel.pipeline == 1
         and not any(part.isdigit() for target in targets for part in target.split("."))
     )
 

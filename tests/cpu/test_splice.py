@@ -34,13 +34,14 @@ _HSDP = ("parallel.sharding=hsdp", "parallel.nodes=2", "parallel.devices_per_nod
 _CHECKPOINTED = "memory.activation_checkpointing=full"
 _SHARDED = [
     ("llama", 10, (*_ZERO_3, _CHECKPOINTED), "h100"), ("qwen3-moe", 8, _ZERO_2, "cpu"),
-    ("gpt-2", 8, _HSDP, "cpu"), ("gemma-2", 16, (*_ZERO_3, _CHECKPOINTED, "memory.loss=chunked"), "cpu"),
+    ("gpt-2", 8, _HSDP, "cpu"), ("llama", 8, (*_ZERO_3, "parallel.devices_per_node=4", "parallel.tensor=2"), "cpu"),
+    ("gemma-2", 16, (*_ZERO_3, _CHECKPOINTED, "memory.loss=chunked"), "cpu"),
 ]  # fmt: skip
 _QLORA = ("method=qlora", "precision.weights=nf4")
 _CASES = [
     ("llama", 8, _LORA_MIXED), ("gpt-2", 8, _MASTER), ("bloom", 8, _QLORA),
     ("qwen3-moe", 8, _LORA), ("deepseek-v3", 8, _FULL), ("mamba-2", 8, _MIXED), ("bert", 8, _IN_BACKWARD),
-    ("gpt-oss", 16, _LORA),
+    ("gpt-oss", 16, _LORA), ("llama", 8, ("method=qlora", "precision.weights=int8", "optimizer.name=adafactor")),
 ]  # fmt: skip
 
 pytestmark = [
@@ -71,7 +72,16 @@ def events(trace: Trace) -> list[tuple[bool, int, str, int]]:
 @pytest.mark.parametrize(
     ("name", "depth", "settings", "device"),
     [*((*case, "cpu") for case in _CASES), (*_CASES[0], "h100"), ("gpt-2", 8, _OFFLOADED, "h100"), *_SHARDED],
-    ids=[*(name for name, *_ in _CASES), "on a GPU", "offloaded", "zero3", "zero2", "hsdp", "zero3 by period"],
+    ids=[
+        *(name for name, *_ in _CASES),
+        "on a GPU",
+        "offloaded",
+        "zero3",
+        "zero2",
+        "hsdp",
+        "zero3 x tensor",
+        "zero3 by period",
+    ],
 )
 def test_a_spliced_trace_is_the_whole_trace(name: str, depth: int, settings: tuple[str, ...], device: str) -> None:
     """Peak, ledger, every event with the block that it ends, what the allocator reserves and all operators: equal."""

@@ -6,9 +6,9 @@ optimizer's loop over parameters, and so on. `continued` finds these chunks in t
 (or periods of blocks) and repeats them as often as asked.
 
 Which block a free ends is said without naming it: the r-th youngest, or the r-th oldest, of the living ones of its
-kind (size, line and stream), where r may grow with the number of repetitions. That holds in each of them, since
-backward frees in the reverse order of forward, and loops over parameters in their order. Frees without an allocation
-between them may come in any order (autograd's changes from run to run): it decides nothing.
+kind (size, line and stream), where r may grow with the number of repetitions, or from one to the next. That holds in
+each of them, since backward frees in the reverse order of forward, and loops over parameters in their order. Frees
+without an allocation between them may come in any order (autograd's changes from run to run): it decides nothing.
 
 Nothing is guessed: a chunk must be in the third trace twice, sizes that grow with the number of blocks must grow in a
 straight line, and the rule of a free must be the same wherever its event is in the three. Else there is no answer, and
@@ -16,9 +16,9 @@ the caller rehearses the whole.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from operator import itemgetter
 
 from brim.memory.trace import Block, Trace
@@ -30,8 +30,13 @@ _Token = tuple[bool, int, _Where]
 """What of an event is compared: allocated or freed, bytes, where."""
 _Kind = tuple[int, int, _Where]
 """What tells blocks apart: bytes in the shortest model, bytes more with each repetition, where."""
-_Rank = tuple[int, int, int]
-"""Repetitions in the trace, and which of the living of its kind a free ended: from the oldest, from the youngest."""
+_Rank = tuple[int, int, int, int]
+"""Repetitions in the trace, those before this one, and which of the living of its kind a free ended: from the oldest,
+from the youngest."""
+_Rule = tuple[int, int]
+"""Which of the living of its kind a free ends (0 the oldest, -1 the youngest), and how that changes with each round."""
+_MOST_CUTS = 32
+"""Ways to cut a trace that are tried."""
 _Place = tuple[int, int, int]
 """A position in each of the three traces."""
 
@@ -54,15 +59,30 @@ def continued(traces: tuple[Trace, Trace, Trace], *, times: int) -> Trace | None
     events = [ordered(trace) for trace in traces]
     tokens = [[(allocated, block.nbytes, (block.line, block.stream)) for allocated, block in each] for each in events]
     stretches = _aligned(tokens)
-    if stretches is None:
-        return None
-    pattern = [token for stretch in stretches for token in _steps(tokens, stretch)]
-    ranks = _ranks(events, stretches, [kind for _, kind in pattern], times)
-    if ranks is None:
-        return None
+    for _ in range(_MOST_CUTS):
+        if stretches is None:
+            return None
+        pattern = [token for stretch in stretches for token in _steps(tokens, stretch)]
+        found = _rules(events, stretches, [kind for _, kind in pattern], times)
+        if found is None:
+            return None
+        rules = {step: rule for step, rule in found.items() if rule is not None}
+        if len(rules) == len(found):
+            return _repeated(pattern, rules, stretches, list(_moments(traces[1], stretches, times)), times)
+        stretches = _cut_earlier(tokens, stretches, found.keys() - rules.keys())
+    return None
+
+
+def _repeated(
+    pattern: Sequence[tuple[bool, _Kind]],
+    rules: Mapping[int, _Rule],
+    stretches: Sequence[_Stretch],
+    moments: list[tuple[str, int]],
+    times: int,
+) -> Trace:
+    """What `times` repetitions allocate and free."""
     trace, living = Trace(), defaultdict[_Kind, list[Block]](list)
-    moments = list(_moments(traces[1], stretches, times))
-    for index, step in enumerate(_order(stretches, times)):
+    for index, (step, round_) in enumerate(_order(stretches, times)):
         while moments and moments[0][1] <= index:
             trace.begin(moments.pop(0)[0])
         allocated, kind = pattern[step]
@@ -70,7 +90,8 @@ def continued(traces: tuple[Trace, Trace, Trace], *, times: int) -> Trace | None
             nbytes, growth, where = kind
             living[kind].append(trace.allocate(nbytes + times * growth, *where))
         else:
-            trace.free(living[kind].pop(ranks[step]))
+            rank, change = rules[step]
+            trace.free(living[kind].pop(rank + change * round_))
     for name, _ in moments:
         trace.begin(name)
     return trace
@@ -158,26 +179,59 @@ def _steps(tokens: Sequence[Sequence[_Token]], stretch: _Stretch) -> Iterator[tu
         yield allocated, (before[1], nbytes - before[1], where)
 
 
-def _order(stretches: Sequence[_Stretch], times: int) -> Iterator[int]:
-    """Steps of the pattern in the order in which they are taken, with `times` repetitions."""
+def _order(stretches: Sequence[_Stretch], times: int) -> Iterator[tuple[int, int]]:
+    """Steps of the pattern in the order in which they are taken, with `times` repetitions; each with its repetition."""
     start = 0
     for stretch in stretches:
-        for _ in range(times if stretch.repeats else 1):
-            yield from range(start, start + stretch.length)
+        for round_ in range(times if stretch.repeats else 1):
+            yield from ((step, round_) for step in range(start, start + stretch.length))
         start += stretch.length
 
 
-def _ranks(
-    events: Sequence[Sequence[_Event]], stretches: Sequence[_Stretch], kinds: Sequence[_Kind], times: int
-) -> dict[int, int] | None:
-    """Which of the living of its kind each free ends after `times` repetitions: 0 the oldest, -1 the youngest.
+def _cut_earlier(
+    tokens: Sequence[Sequence[_Token]], stretches: Sequence[_Stretch], odd: Collection[int]
+) -> list[_Stretch] | None:
+    """The same stretches, one that repeats begun earlier, at a free before it that follows no rule; None: none can be.
 
-    None where no rule holds.
+    Where the events before a chunk are as its last, it may be cut earlier: the traces agree, and other frees are the
+    loop's first and last.
+    """
+    start = 0
+    for index, (before, chunk) in enumerate(pairwise(stretches)):
+        end = start + before.length
+        earlier = max((end - step for step in odd if start <= step < end and end - step <= chunk.length), default=0)
+        if earlier and chunk.repeats and not before.repeats and _ends_alike(tokens, chunk, earlier):
+            first, second, third = chunk.start
+            moved = replace(chunk, start=(first - earlier, second - earlier, third - earlier))
+            rest = _Stretch(_after(moved.start, chunk.length, repeats=True), earlier, repeats=False)
+            return [
+                *stretches[:index],
+                replace(before, length=before.length - earlier),
+                moved,
+                rest,
+                *stretches[index + 2 :],
+            ]
+        start = end
+    return None
+
+
+def _ends_alike(tokens: Sequence[Sequence[_Token]], chunk: _Stretch, length: int) -> bool:
+    """Whether a chunk's last events are those before it, too, in each trace."""
+    last = tokens[1][chunk.start[1] + chunk.length - length : chunk.start[1] + chunk.length]
+    return all(line[place - length : place] == last for line, place in zip(tokens, chunk.start, strict=True))
+
+
+def _rules(
+    events: Sequence[Sequence[_Event]], stretches: Sequence[_Stretch], kinds: Sequence[_Kind], times: int
+) -> dict[int, _Rule | None] | None:
+    """Which of the living of its kind each free ends after `times` repetitions; of a free, None where no rule holds.
+
+    None where a block's kind changes.
     """
     seen: dict[int, list[_Rank]] = defaultdict(list)
     for repetitions, each in enumerate(events):
         living = defaultdict[_Kind, list[int]](list)
-        for step, (allocated, block) in zip(_order(stretches, repetitions), each, strict=True):
+        for (step, round_), (allocated, block) in zip(_order(stretches, repetitions), each, strict=True):
             alike = living[kinds[step]]
             if allocated:
                 alike.append(id(block))
@@ -185,23 +239,33 @@ def _ranks(
             if id(block) not in alike:
                 return None
             rank = alike.index(id(block))
-            seen[step].append((repetitions, rank, rank - len(alike)))
+            seen[step].append((repetitions, round_, rank, rank - len(alike)))
             del alike[rank]
-    found = {step: _rule(ranks, times) for step, ranks in seen.items()}
-    ruled = {step: rank for step, rank in found.items() if rank is not None}
-    return ruled if len(ruled) == len(found) else None
+    return {step: _rule(ranks, times) for step, ranks in seen.items()}
 
 
-def _rule(seen: Sequence[_Rank], times: int) -> int | None:
-    """The rank after `times` repetitions: the same from the youngest or from the oldest, or behind more older ones with
-    each repetition (what lived before the loop). Three sightings of two numbers: the third confirms."""
-    _, oldest, youngest = seen[0]
+def _rule(seen: Sequence[_Rank], times: int) -> _Rule | None:
+    """The same from the youngest or from the oldest; or behind more older ones with each repetition (what lived before
+    the loop), with each that is done, or that is to come. Three sightings of two numbers: the third confirms."""
+    *_, oldest, youngest = seen[0]
     if all(rank == youngest for *_, rank in seen):
-        return youngest
-    if all(rank == oldest for _, rank, _ in seen):
-        return oldest
-    (first, low, _), (last, high, _) = seen[0], seen[-1]
-    growth = (high - low) // (last - first)
-    if all(rank == low + growth * (repetitions - first) for repetitions, rank, _ in seen):
-        return low + growth * (times - first)
+        return youngest, 0
+    if all(rank == oldest for *_, rank, _ in seen):
+        return oldest, 0
+    if (growth := _growth([(repetitions, rank) for repetitions, _, rank, _ in seen])) is not None:
+        (first, _, low, _), *_ = seen
+        return low + growth * (times - first), 0
+    if (growth := _growth([(round_, rank) for _, round_, rank, _ in seen])) is not None:
+        return oldest, growth
+    if (growth := _growth([(repetitions - round_, rank) for repetitions, round_, rank, _ in seen])) is not None:
+        return oldest + growth * (times - 1), -growth
     return None
+
+
+def _growth(points: Sequence[tuple[int, int]]) -> int | None:
+    """How much a number grows with another; None where it does not in a straight line."""
+    (first, low), (last, high) = min(points), max(points)
+    if first == last:
+        return None
+    growth = (high - low) // (last - first)
+    return growth if all(rank == low + growth * (number - first) for number, rank in points) else None
