@@ -179,6 +179,8 @@ def _parallel(row: Row) -> list[str]:
     # Lightning's checkpoints are not reentrant, torchtitan and torchtune have FSDP2
     if row["source_repo_or_paper"].startswith(_FSDP1):
         settings.append("library.sharding=fsdp1")
+    if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt"):
+        settings.append("library.accumulation=whole")  # finetune/lora.py: no_backward_sync while it accumulates
     if plain[3]:
         settings.append("memory.offload=weights")
     return settings
@@ -222,7 +224,9 @@ def _method(row: Row) -> list[str]:
         names = json.dumps([_LITGPT_TARGETS[part] for part in row["lora_targets"].split("+")])
     else:
         names = json.dumps(_targets(row))
-    adapters = "weights" if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt") else "fp32"
+    # torchtune makes the whole model in one format (recipes/lora_finetune_single_device.py, set_default_dtype)
+    plain = ("Lightning-AI/litgpt", *_TORCHTUNE)
+    adapters = "weights" if row["source_repo_or_paper"].startswith(plain) else "fp32"
     if method == "qlora" and row["parallelism"] != "none":
         adapters = "weights"  # trl/trainer/sft_trainer.py: autocast_adapter_dtype=False for a sharded, packed base
     dropout = _DROPOUT.get(row["source_repo_or_paper"].split("@")[0], 0.0)

@@ -132,7 +132,7 @@ def reason(outcome: Outcome) -> str:
     if source.startswith("Lightning-AI"):
         if row["parallelism"].startswith("fsdp"):
             return (
-                "FSDP1 without synchronization keeps the gradient of each whole unit, frozen weights too: not modelled"
+                "the longest row came first, when no whole gradient was there yet; how long later ones were is not said"
             )
         return "not explained: the code of mid-2023, before litgpt's versions on PyPI"
     if row["memory_kind"] == "nvidia-smi":

@@ -329,6 +329,9 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'library.adamw has no effect: optimizer.name is "{recipe.optimizer.name}"')
     if recipe.parallel.sharding == "none" and recipe.library.sharding != "fsdp2":
         found.append('library.sharding has no effect: parallel.sharding is "none"')
+    divided = recipe.parallel.divides_weights and recipe.grad_accumulation > 1
+    if recipe.library.accumulation == "whole" and not divided:
+        found.append("library.accumulation has no effect: no micro-batch leaves a gradient of divided weights")
     if not recipe.adapts and recipe.library.adapters != "weights":
         found.append(f'library.adapters has no effect: method is "{recipe.method}"')
     if recipe.task != "seq2seq-lm" and recipe.target_seq_len:

@@ -178,6 +178,9 @@ class Library:
     sharding: Literal["fsdp2", "fsdp1"] = "fsdp2"
     """fsdp1: beside adapters, no block is gathered ahead in backward (training/sharding.py says why), and what a block
     is run again from, and its gradient, stay until backward ends (training/checkpointing.py)."""
+    accumulation: Literal["reduced", "whole"] = "reduced"
+    """Of sharded devices, the gradients of micro-batches before the last. whole: they are not reduced, and each unit
+    keeps one of all its parameters, of frozen ones, too: FSDP1 under `no_sync` (lightning's Fabric)."""
 
     @property
     def has_litgpt_loss(self) -> bool:

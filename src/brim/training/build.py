@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -64,9 +65,11 @@ class Workload:
 
     def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
         """DDP sums gradients over the ranks in the last micro-batch alone: summed twice, earlier ones would count
-        more."""
+        more. Sharded devices do, too, where the library's code does."""
         if isinstance(self.loss, DistributedDataParallel) and not is_last:
             return self.loss.no_sync()
+        if isinstance(self.loss, FSDPModule) and self.recipe.library.accumulation == "whole":
+            self.loss.set_requires_gradient_sync(is_last)
         return nullcontext()
 
     @property

@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,6 +33,7 @@ _COMMUNICATION = ("unshard", "wait_for_unshard", "post_backward")
 
 _GATHERS_AHEAD = "_backward_prefetch"
 _WAITS = "wait_for_unshard"
+_REDUCES = "post_backward"
 
 
 def shard(root: LossModule, recipe: Recipe, ranks: Ranks) -> nn.Module:
@@ -76,6 +77,8 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
             _watch(module, in_flat=recipe.library.sharding == "fsdp1")
             if at_home:
                 keep_parts_at_home(module)
+            if recipe.library.accumulation == "whole":
+                _keep_whole_gradients(module)
             if recipe.library.sharding == "fsdp1" and recipe.adapts:
                 _gather_no_block_ahead(module)
     return root
@@ -111,6 +114,29 @@ def _gather_no_block_ahead(module: FSDPModule) -> None:
     gathered while a block goes backward is the unit before it in order: its own last adapter, not the next block."""
     for group in module._get_fsdp_state()._fsdp_param_groups:
         setattr(group, _GATHERS_AHEAD, _nothing)
+
+
+def _keep_whole_gradients(module: FSDPModule) -> None:
+    """Under FSDP1 a unit's parameters are one flat one, whose gradient has a place for the frozen, too, and stays whole
+    until it is reduced (torch/distributed/fsdp/_runtime_utils.py, `_post_backward_hook`). Ignored: its divided form,
+    from the reduction to the step."""
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        setattr(group, _REDUCES, _keeping_frozen(group, group.post_backward))
+
+
+def _keeping_frozen(group: Any, method: Callable[[], None]) -> Callable[[], None]:
+    held: list[Tensor] = []
+
+    def post_backward() -> None:
+        if group.reduce_grads:
+            held.clear()
+        elif not held:
+            with owners.inside("gradients"):
+                frozen = [part for part in group.fsdp_params if not part.sharded_param.requires_grad]
+                held.extend(torch.zeros(part._orig_size, dtype=part.sharded_param.dtype) for part in frozen)
+        method()
+
+    return post_backward
 
 
 def _nothing() -> None:

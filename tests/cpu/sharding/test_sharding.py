@@ -62,6 +62,9 @@ TWO: dict[str, tuple[str, ...]] = {
     "tensor, lora, bf16": over(2, "none", TENSOR, "method=lora", CHECKPOINTED),
     "tensor, mixed, chunked": over(2, "none", TENSOR, "precision.weights=fp32", "memory.loss=chunked"),
     "zero3, lora, fsdp1": over(2, "zero3", "method=lora", CHECKPOINTED, "library.sharding=fsdp1", *FP32),
+    "zero3, lora, whole gradients": over(
+        2, "zero3", "method=lora", CHECKPOINTED, "library.accumulation=whole", "grad_accumulation=2", *FP32
+    ),
     "zero3, qlora": over(2, "zero3", "method=qlora", "precision.weights=nf4", "precision.compute=fp32"),
     "zero3, master on the host": over(2, "zero3", "memory.offload=optimizer", "precision.master=fp32"),
     "zero2, activations on the host": over(2, "zero2", "memory.offload=activations", *FP32),
