@@ -11,11 +11,11 @@ from torch import Tensor
 from brim.checkpoints.between_rows import WORK_BYTES as BETWEEN_WORK_BYTES
 from brim.checkpoints.between_rows import encode_packed_between
 from brim.checkpoints.conversion import Conversion, Encoded, Integers, keep
+from brim.checkpoints.experts import find_weights
 from brim.checkpoints.float_rows import WORK_BYTES as FLOAT_WORK_BYTES
 from brim.checkpoints.float_rows import encode_float_rows, encode_float_shared
 from brim.checkpoints.integer_rows import encode_rows
 from brim.checkpoints.layouts import float_quantized, int_quantized, mxfp4_packed, pack_quantized
-from brim.checkpoints.linears import find_linears, float_matrices
 from brim.checkpoints.mixture import KEPT, Mixture
 from brim.checkpoints.mx_rows import WORK_BYTES as MX_WORK_BYTES
 from brim.checkpoints.mx_rows import encode_mxfp4
@@ -62,11 +62,14 @@ def plan_integers(
 
     Of symmetric INT8 by channel or tensor alone the layout is the one that most readers know.
     """
-    linears = find_linears(spec, tensors=float_matrices(stored))
+    stored, linears, experts = find_weights(spec, stored)
     assigned = mixture.assigned(linears.weights, to=to)
     shared = {name: granularity or default for name, default in DEFAULT_GRANULARITY.items()}
     formats = sorted(set(assigned.values()) - {KEPT})
-    by_row = formats == ["int8"] and not isinstance(shared["int8"], PerGroup) and symmetric
+    if experts:
+        _check_experts(spec, {assigned[name] for name in experts}, formats, symmetric=symmetric)
+    # Experts are read packed alone (transformers 5.23, CompressedTensorsDequantize).
+    by_row = formats == ["int8"] and not isinstance(shared["int8"], PerGroup) and symmetric and not experts
     convert = _to_int8 if by_row else _to_packed if symmetric else _to_packed_between
     conversions = tuple(
         keep(tensor)
@@ -101,11 +104,19 @@ def plan_integers(
     return Planned(conversions, dict(config) | settings, pack_quantized.LAYOUT)
 
 
+def _check_experts(spec: ModelSpec, theirs: set[str], formats: Sequence[str], *, symmetric: bool) -> None:
+    if len(formats) > 1 or KEPT in theirs or not symmetric:
+        raise UsageError(
+            f"{spec.name}: transformers reads all experts in one format with all else, without zero points; "
+            "leave --keep of experts, --format, --budget and --asymmetric away"
+        )
+
+
 def plan_fp8(
     spec: ModelSpec, stored: Sequence[StoredTensor], config: Mapping[str, Any], *, granularity: Granularity | None
 ) -> Planned:
     """FP8 E4M3 with a scale per channel (None) or tensor."""
-    linears = find_linears(spec, tensors=float_matrices(stored))
+    stored, linears, _ = find_weights(spec, stored)
     how = granularity or DEFAULT_GRANULARITY["fp8"]
     conversions = tuple(
         _to_fp8(tensor, granularity=how) if tensor.spec.name in linears.weights else keep(tensor) for tensor in stored
@@ -116,7 +127,7 @@ def plan_fp8(
 
 def plan_mxfp4(spec: ModelSpec, stored: Sequence[StoredTensor], config: Mapping[str, Any]) -> Planned:
     """MXFP4; linear modules whose rows are no whole blocks are left alone."""
-    linears = find_linears(spec, tensors=float_matrices(stored), row_multiple=mxfp4_packed.BLOCK)
+    stored, linears, _ = find_weights(spec, stored, row_multiple=mxfp4_packed.BLOCK)
     conversions = tuple(_to_mxfp4(tensor) if tensor.spec.name in linears.weights else keep(tensor) for tensor in stored)
     return Planned(conversions, mxfp4_packed.config(config, ignore=linears.left_alone), mxfp4_packed.LAYOUT)
 

@@ -34,11 +34,17 @@ class Linears(NamedTuple):
 
 
 def find_linears(
-    spec: ModelSpec, *, tensors: Iterable[str], row_multiple: int = 1, of_bitsandbytes: bool = False
+    spec: ModelSpec,
+    *,
+    tensors: Iterable[str],
+    row_multiple: int = 1,
+    of_bitsandbytes: bool = False,
+    merges_experts: bool = True,
 ) -> Linears:
     """The linear modules of this model, by building it without memory for its weights.
 
     `tensors` names those in the file that can be quantized, if their inputs are a multiple of `row_multiple`.
+    `merges_experts`: the layout's readers do, of plain weights, which fails beside quantized ones.
     `of_bitsandbytes`: what its readers see as linear: Conv1D too, and not what transformers keeps in FP32 (T5's `wo`).
     The output head is left alone, and every module that shares its weight with another: quantizing one of them would
     untie the two.
@@ -46,7 +52,8 @@ def find_linears(
     """
     with torch.device("meta"), quiet_transformers():
         model = skeleton(spec, dtype="fp32", attention="eager")
-    _check_unmerged(model, spec)
+    if merges_experts:
+        _check_unmerged(model, spec)
     modules = dict(model.named_modules())
     holders = Counter(id(parameter) for module in modules.values() for parameter in module.parameters(recurse=False))
     kinds = (nn.Linear, Conv1D) if of_bitsandbytes else nn.Linear
@@ -82,15 +89,14 @@ def _inputs(module: nn.Linear | Conv1D) -> int:
 def _check_unmerged(model: PreTrainedModel, spec: ModelSpec) -> None:
     """Raises UsageError for experts that the file holds one by one and the model as a single tensor.
 
-    transformers merges them when it loads, and cannot beside INT8 weights (5.23, CompressedTensorsDequantize.convert:
-    it looks for packed experts and finds none). Delete this when it passes plain experts through.
+    transformers merges them when it loads, and torchao's and bitsandbytes' layouts have no form for that.
     """
     stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
     there = file_names(stacked, frozenset(tensor.name for tensor in spec.tensors), model)
     if merged := [name for name in stacked if name not in there]:
         raise UsageError(
             f"{spec.name}: transformers makes {merged[0]} of several tensors when it loads {spec.model_type}, "
-            "and cannot do so in an INT8 checkpoint; use --to bf16 or fp16"
+            "and cannot do so beside this layout's weights; use --layout compressed-tensors, or --to bf16 or fp16"
         )
 
 

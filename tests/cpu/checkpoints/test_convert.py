@@ -183,12 +183,6 @@ def test_conv1d_is_refused_and_explained(tiny: Maker, tmp_path: Path) -> None:
     assert not (tmp_path / "output").exists()
 
 
-def test_merged_experts_are_refused_and_explained(tiny: Maker, tmp_path: Path) -> None:
-    """Experts that transformers merges on loading cannot be read beside INT8: refused rather than written in vain."""
-    with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp\.experts\.\w+ of several tensors.*use --to bf16"):
-        quantize(tiny("mixtral"), tmp_path / "output", to="int8")
-
-
 @pytest.mark.parametrize("to", ["int8", "bf16"])
 def test_shards_in_and_out_change_nothing(
     to: Target, tiny: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
