@@ -36,6 +36,10 @@ _GPTJ = {
     "vocab_size": 2000, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "tie_word_embeddings": False,
 }  # fmt: skip
 _BLOOM = {"model_type": "bloom", "hidden_size": 128, "n_layer": 4, "n_head": 4, "vocab_size": 2000}
+_QWEN3_MOE = {
+    **_LLAMA, "model_type": "qwen3_moe", "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 8,
+    "num_experts_per_tok": 2, "tie_word_embeddings": False,
+}  # fmt: skip
 _GPT2 = {"model_type": "gpt2", "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 512, "vocab_size": 2000}
 _NEOX = {
     "model_type": "gpt_neox", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -52,7 +56,7 @@ _FLAN_T5 = {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": Fal
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA, "qwen2": _QWEN2, "qwen3": _QWEN3, "gemma2": _GEMMA2, "gemma3": _GEMMA3, "phi3": _PHI3,
     "olmo2": _OLMO2, "stablelm": _STABLELM, "phi": _PHI, "gptj": _GPTJ, "bloom": _BLOOM,
-    "gpt2": _GPT2, "gpt_neox": _NEOX, "t5": _T5, "flan-t5": _FLAN_T5,
+    "qwen3_moe": _QWEN3_MOE, "gpt2": _GPT2, "gpt_neox": _NEOX, "t5": _T5, "flan-t5": _FLAN_T5,
 }  # fmt: skip
 _RECIPES: dict[str, dict[str, Any]] = {
     "full fp32": {"precision": Precision(weights="fp32", compute="fp32")},
@@ -97,8 +101,8 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "grad_accumulation": 2,
     },
 }
-_FEW = ("full mixed", "lora bf16, dropout")
-_ALIKE = ("gemma2", "phi3", "olmo2", "stablelm", "phi", "gptj", "bloom")
+_FEW = ("full mixed", "lora bf16, chunked")
+_ALIKE = ("gemma2", "phi3", "olmo2", "stablelm", "phi", "gptj", "bloom", "qwen3_moe")
 """They share most rules with families that are held with all recipes; a few show theirs."""
 
 pytestmark = [

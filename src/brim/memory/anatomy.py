@@ -9,95 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from brim.errors import UsageError, did_you_mean
+from brim.memory.families import FAMILIES, Family
 from brim.models.spec import ModelSpec
-
-Norm = Literal["rms", "rms-gemma", "rms-t5", "layer"]
 
 TABLE_RANKS = "table_ranks"
 """Key in the config of a device's share of a model (`memory.tensor`): devices that share embedding and head."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """How a model type differs from Llama."""
-
-    norm: Norm = "rms"
-    gated: bool = True
-    fused: bool = False
-    """One linear makes q, k and v; in a gated feed-forward, one makes gate and up."""
-    bias: bool = False
-    """Every linear of a block has a bias."""
-    feed_bias: bool = False
-    """Those of the feed-forward have one."""
-    qkv_bias: bool = False
-    head_bias: bool = False
-    qk_norm: Literal["none", "heads", "whole"] = "none"
-    """Queries and keys are normalized, with a weight for each place of a head or of the whole width."""
-    post_norms: bool = False
-    """Attention and feed-forward are normalized after as well as before."""
-    positions: int | None = None
-    """Rows of a learned position table beyond the config's number of positions; None: no table."""
-    parallel: bool = False
-    """Attention and feed-forward start from the same tensor."""
-    one_norm: bool = False
-    """And from the same norm of it."""
-    embedding_norm: bool = False
-    """Embeddings are normalized."""
-    wide_scores: bool = False
-    """Eager attention multiplies queries and keys in FP32."""
-    turns_part: bool = False
-    """Rotary positions turn a part of each head, which is put together with the rest anew."""
-    rotary: bool = True
-    """Positions turn queries and keys."""
-    activation: str = "silu"
-    dropout: float = 0.0
-    """What transformers assumes where the config is silent."""
-    attention_dropout: float = 0.0
-    softcaps: bool = False
-    """Attention's scores and the logits go through tanh, where the config is silent."""
-    unpacked: tuple[str, ...] = ()
-    """Linears that transformers keeps in FP32, so that a packed base leaves them alone."""
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "smollm3": Family(),
-    "granite": Family(),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm="heads"),
-    "olmo2": Family(norm="rms-gemma", qk_norm="whole"),  # normalized after, not before: as many tensors
-    "stablelm": Family(norm="layer", turns_part=True),
-    "phi3": Family(fused=True, turns_part=True),
-    "gemma": Family(norm="rms-gemma", activation="gelu_pytorch_tanh"),
-    "gemma2": Family(norm="rms-gemma", post_norms=True, activation="gelu_pytorch_tanh", softcaps=True),
-    "gemma3_text": Family(norm="rms-gemma", post_norms=True, qk_norm="heads", activation="gelu_pytorch_tanh"),
-    "gpt2": Family(
-        norm="layer", gated=False, fused=True, bias=True, positions=0, rotary=False, activation="gelu_new",
-        dropout=0.1, attention_dropout=0.1,
-    ),
-    "gpt_neox": Family(
-        norm="layer", gated=False, fused=True, bias=True, turns_part=True, parallel=True, activation="gelu",
-    ),
-    "gptj": Family(
-        norm="layer", gated=False, feed_bias=True, head_bias=True, parallel=True, one_norm=True, wide_scores=True,
-        activation="gelu_new",
-    ),
-    "phi": Family(
-        norm="layer", gated=False, bias=True, head_bias=True, parallel=True, one_norm=True, turns_part=True,
-        activation="gelu_new",
-    ),
-    "bloom": Family(
-        norm="layer", gated=False, fused=True, bias=True, embedding_norm=True, rotary=False, activation="gelu",
-    ),
-    "opt": Family(norm="layer", gated=False, bias=True, positions=2, activation="relu", dropout=0.1),
-    "t5": Family(
-        norm="rms-t5", gated=False, activation="relu", dropout=0.1, attention_dropout=0.1, unpacked=("wo",),
-    ),
-    "mt5": Family(
-        norm="rms-t5", gated=True, activation="gelu_new", dropout=0.1, attention_dropout=0.1, unpacked=("wo",),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,10 +23,20 @@ class Linear:
     inputs: int
     outputs: int
     bias: bool = False
+    experts: int = 1
+    """Each of which has such a matrix."""
+    visited: int = 1
+    """By a token."""
+    fused: int = 1
+    """Matrices of an expert that are one tensor (gate and up), and packed or adapted one by one."""
+
+    @property
+    def num_weights(self) -> int:
+        return self.experts * self.inputs * self.outputs
 
     @property
     def num_parameters(self) -> int:
-        return self.inputs * self.outputs + (self.outputs if self.bias else 0)
+        return self.num_weights + (self.outputs if self.bias else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +69,10 @@ class FeedForward:
     @property
     def width(self) -> int:
         return self.out.inputs
+
+    @property
+    def num_experts(self) -> int:
+        return self.out.experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +158,8 @@ class Anatomy:
             "heads": sum(2 * attention.head_dim for attention in block.attentions),
             "whole": sum(attention.query_width + attention.key_width for attention in block.attentions),
         }
-        return self.num_norms(block) * self._norm + widths[self.family.qk_norm]
+        routes = block.feed_forward.num_experts * self.hidden_size if self.family.experts else 0
+        return self.num_norms(block) * self._norm + widths[self.family.qk_norm] + routes
 
 
 def anatomy(spec: ModelSpec) -> Anatomy:
@@ -282,17 +213,34 @@ def _decoder_only(spec: ModelSpec, family: Family) -> Stack:
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
     )
-    feed_forward = FeedForward(
-        into=tuple(
-            Linear(name=names.get(name, name), inputs=hidden, outputs=outputs, bias=feed_bias)
-            for name, outputs in opens
-        ),
-        out=Linear(name=names.get("down_proj", "down_proj"), inputs=width, outputs=hidden, bias=feed_bias),
-        gated=family.gated,
-        activation=_activation(spec, family),
+    feed_forward = (
+        _experts(spec, family)
+        if family.experts
+        else FeedForward(
+            into=tuple(
+                Linear(name=names.get(name, name), inputs=hidden, outputs=outputs, bias=feed_bias)
+                for name, outputs in opens
+            ),
+            out=Linear(name=names.get("down_proj", "down_proj"), inputs=width, outputs=hidden, bias=feed_bias),
+            gated=family.gated,
+            activation=_activation(spec, family),
+        )
     )
     return Stack(
         row="target", num_blocks=spec.num_layers, block=Block(attentions=(attention,), feed_forward=feed_forward)
+    )
+
+
+def _experts(spec: ModelSpec, family: Family) -> FeedForward:
+    """As transformers 5 holds them: gate and up of all experts in one tensor, down in another."""
+    width = spec.first("moe_intermediate_size", default=spec.intermediate_size)
+    many, visited, hidden = spec.first(family.experts), spec.first("num_experts_per_tok"), spec.hidden_size
+    gate_up = Linear(name="gate_up_proj", inputs=hidden, outputs=2 * width, experts=many, visited=visited, fused=2)
+    return FeedForward(
+        into=(gate_up,),
+        out=Linear(name="down_proj", inputs=width, outputs=hidden, experts=many, visited=visited),
+        gated=True,
+        activation=_activation(spec, family),
     )
 
 

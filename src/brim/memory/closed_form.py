@@ -206,12 +206,13 @@ class Step:
 
     @property
     def largest_trained(self) -> int:
-        """Elements of the largest trained tensor: the embedding, or an adapter's longer matrix."""
+        """Elements of the largest trained tensor: the embedding or all experts', or an adapter's longer matrix."""
         t = self.terms
+        linears = [line for stack in t.parts.stacks for line in stack.block.linears]
         if t.trains_base:
-            return t.parts.embedding_gradients
-        adapted = (line for stack in t.parts.stacks for line in stack.block.linears if t.adapts(line))
-        return max((t.rank * max(line.inputs, line.outputs) for line in adapted), default=0)
+            return max(t.parts.embedding_gradients, *(line.num_weights for line in linears))
+        adapted = (line for line in linears if t.adapts(line))
+        return max((t.rank * line.fused * line.experts * max(line.inputs, line.outputs) for line in adapted), default=0)
 
     @property
     def weights(self) -> int:
@@ -219,7 +220,7 @@ class Step:
         plain, packed = self.spec.num_parameters + self.adapters, 0
         if self.terms.packed:
             for count, linear in packed_linears(self.terms.parts):
-                plain -= count * linear.inputs * linear.outputs
+                plain -= count * linear.num_weights
                 packed += count * packed_bytes(linear, self.recipe.precision)
         return self.terms.weight_bytes * plain + packed + self.scale_bytes
 
@@ -337,11 +338,14 @@ class Step:
         """Beside a block's activations, the gradients that flow through its feed-forward or, later, its scores."""
         t, length = self.terms, self.length(stack)
         feed = stack.block.feed_forward
-        through = t.rows * length * (2 * t.compute_bytes * feed.width + t.weight_bytes * t.parts.hidden_size)
+        places = t.rows * length * feed.out.visited
+        through = places * (2 * t.compute_bytes * feed.width + t.weight_bytes * t.parts.hidden_size)
+        # beside the sums of experts and adapters, the gradient of the first that is done with
+        through += t.weight_bytes * feed.out.num_weights if t.adapts(feed.out) and feed.num_experts > 1 else 0
         freed = kept.feed_forward_bytes(feed, length, t)
         scores = (kept.score_gradient_bytes(attention, length, t) for attention in stack.block.attentions)
         masks = kept.mask_bytes(stack.block, length, t)
-        largest = max(linear.inputs * linear.outputs for linear in stack.block.linears)
+        largest = max(linear.inputs * linear.outputs // linear.fused for linear in stack.block.linears)
         unpacked = t.compute_bytes * largest if t.packed else 0
         rounded = _ROUNDING_BYTES * largest if t.rounds else 0
         return max(rounded, unpacked + through + masks, *(nbytes - freed for nbytes in scores))

@@ -15,6 +15,7 @@ from brim.recipe import Recipe
 FP32, BF16 = 4, 2
 ELEMENT_BYTES = {"fp32": FP32, "bf16": BF16, "fp16": BF16}
 
+_INDEX_BYTES = 8
 _ACTIVATION_KEEPS = {"relu": 0, "gelu_new": 4, "gelu_fast": 5}
 """Tensors of its input's size that an activation keeps beside its output; the fused ones (silu, gelu,
 gelu_pytorch_tanh) keep their input alone. gelu_new is written in Python: x, 0.5 x, tanh, 1 + tanh."""
@@ -51,6 +52,9 @@ class Terms:
         return self.compute_bytes < self.weight_bytes
 
     def adapts(self, linear: Linear) -> bool:
+        """Packed experts have no adapters (`training.adapters`)."""
+        if linear.experts > 1 and self.packed:
+            return False
         return self.rank > 0 and (self.targets == ("all-linear",) or linear.name in self.targets)
 
     def keeps_input(self, linear: Linear) -> bool:
@@ -58,7 +62,11 @@ class Terms:
         return self.trains_base or self.rounds or (self.adapts(linear) and not self.adapter_dropout)
 
     def adapter_parameters(self, block: Block) -> int:
-        return sum(self.rank * (line.inputs + line.outputs) for line in block.linears if self.adapts(line))
+        return sum(
+            self.rank * line.fused * line.experts * (line.inputs + line.outputs)
+            for line in block.linears
+            if self.adapts(line)
+        )
 
     def added_parameters(self, block: Block) -> int:
         """Of adapters, or of updates."""
@@ -118,6 +126,8 @@ def feed_forward_bytes(feed: FeedForward, tokens: int, t: Terms) -> int:
     Gated: gate, act(gate), up and their product, 4 w e (silu). Plain: input and output of the activation.
     """
     count = t.rows * tokens
+    if feed.num_experts > 1:
+        return _norms(count, t) + experts_bytes(feed, count, t)
     wide = t.compute_bytes * count * feed.width
     operands = _ACTIVATION_KEEPS.get(feed.activation, 1) + (2 if feed.gated else 0)
     relu_result = not feed.gated and feed.activation == "relu"
@@ -137,18 +147,43 @@ def feed_forward_bytes(feed: FeedForward, tokens: int, t: Terms) -> int:
     return kept + _adapters((*feed.into, feed.out), count, t)
 
 
+def experts_bytes(feed: FeedForward, count: int, t: Terms) -> int:
+    """Routing, and the experts' products (transformers' integrations/moe.py; packed: `layers.packed_experts`).
+
+    A place is a token at one of the experts that it visits. Of each: gate and up together, act(gate), their product,
+    the result that its route weighs, and indices of 8 bytes; the sorted inputs, where the experts learn. Autocast does
+    not know the grouped product: it runs in the format of the weights. PEFT adds an adapter to the matrices of all
+    experts before the product, which keeps the sums.
+    """
+    (into,) = feed.into
+    places, hidden = count * into.visited, t.parts.hidden_size
+    element_bytes = t.compute_bytes if t.packed else t.weight_bytes
+    learns = t.keeps_input(into), t.keeps_input(feed.out)
+    each = element_bytes * (3 * feed.width + hidden + learns[0] * hidden + learns[1] * feed.width)
+    each += (2 if t.packed else 3) * _INDEX_BYTES
+    routes = count * (FP32 * feed.num_experts + _INDEX_BYTES * into.visited)
+    normed = element_bytes * count * hidden if t.trains_base else 0
+    return places * each + routes + normed + merged_bytes(feed, t)
+
+
+def merged_bytes(feed: FeedForward, t: Terms) -> int:
+    """Weights and adapters of all experts, added up for a product."""
+    return t.weight_bytes * sum(line.num_weights for line in (*feed.into, feed.out) if t.adapts(line))
+
+
 def linear_result_bytes(block: Block, tokens: int, t: Terms) -> int:
     """What all linears of a block give, and the narrow halves of adapters: what selective checkpointing keeps."""
-    adapted = sum(t.rank + line.outputs for line in block.linears if t.adapts(line))
-    return t.compute_bytes * t.rows * tokens * (sum(line.outputs for line in block.linears) + adapted)
+    adapted = sum(t.rank + line.outputs for line in block.linears if t.adapts(line) and line.experts == 1)
+    results = sum(line.visited * line.outputs for line in block.linears)
+    return t.compute_bytes * t.rows * tokens * (results + adapted)
 
 
 def weight_cast_bytes(block: Block, t: Terms) -> int:
     """BF16 copies of FP32 weights under autocast; backward needs them, frozen or not."""
     if not t.mixed:
         return 0
-    cast = 0 if t.packed or t.rounds else sum(line.num_parameters for line in block.linears)
-    return BF16 * (cast + t.adapter_parameters(block))
+    cast = sum(line.num_parameters for line in block.linears if line.experts == 1)
+    return BF16 * (t.adapter_parameters(block) + (0 if t.packed or t.rounds else cast))
 
 
 def stack_bytes(stack: Stack, tokens: int, t: Terms) -> int:

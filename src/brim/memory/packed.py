@@ -12,11 +12,16 @@ _TABLES = 64, 1024 + 4
 
 
 def packed_bytes(linear: Linear, precision: Precision) -> int:
-    """All that holds one layer's weight, and its scales in the compute format."""
-    numel, scale = linear.inputs * linear.outputs, 4 if precision.compute == "fp32" else 2
+    """All that holds a layer's weight, each expert's matrices by themselves, and its scales in the compute format."""
+    outputs = linear.outputs // linear.fused
+    return linear.experts * linear.fused * _matrix_bytes(linear.inputs, outputs, precision)
+
+
+def _matrix_bytes(inputs: int, outputs: int, precision: Precision) -> int:
+    numel, scale = inputs * outputs, 4 if precision.compute == "fp32" else 2
     match precision.weights:
         case "int8":
-            return numel + scale * linear.outputs
+            return numel + scale * outputs
         case "int4":
             return numel // 2 + scale * numel // precision.group_size
         case _:

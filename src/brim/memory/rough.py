@@ -6,7 +6,7 @@ block of this width. Good enough to say which recipes are worth a rehearsal, whi
 
 from dataclasses import dataclass
 
-from brim.memory.anatomy import FAMILIES
+from brim.memory.families import FAMILIES
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe

@@ -159,7 +159,7 @@ def _stack_flops(stack: Stack, t: Terms, *, linears_again: bool, attention_again
     """Forward 1, gradient of inputs 1, gradient of trained weights 1, recomputed forward 1."""
     passes = 2 + linears_again
     linears = 2 * _multiplications(stack.block, stack.row, t) * (passes + t.trains_base)
-    adapters = 2 * t.rows * _length(stack.row, t) * t.adapter_parameters(stack.block) * (passes + 1)
+    adapters = 2 * _adapter_multiplications(stack.block, t.rows * _length(stack.row, t), t) * (passes + 1)
     # attention's backward has two products for each of forward's two
     attention = _attention_flops(stack.block, stack.row, t) * (3 + attention_again)
     return stack.num_blocks * (linears + adapters + attention)
@@ -176,8 +176,18 @@ def _multiplications(block: Block, row: str, t: Terms) -> int:
     return t.rows * (products + tokens * sum(map(_size, (*feed.into, feed.out))))
 
 
+def _adapter_multiplications(block: Block, tokens: int, t: Terms) -> int:
+    """Narrow products of each token; experts' adapters are multiplied out, whatever the tokens."""
+    return sum(
+        t.rank * (tokens * (line.inputs + line.outputs) if line.experts == 1 else line.fused * line.num_weights)
+        for line in block.linears
+        if t.adapts(line)
+    )
+
+
 def _size(linear: Linear) -> int:
-    return linear.inputs * linear.outputs
+    """Multiplications of a token, at each expert that it visits."""
+    return linear.visited * linear.inputs * linear.outputs
 
 
 def _attention_flops(block: Block, row: str, t: Terms) -> int:
