@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from brim import units
+from brim.checkpoints.gguf_packed import packed_directory
 from brim.checkpoints.patterns import matcher
 from brim.errors import MissingPartError, ModelFileError, UsageError
 from brim.inference.packed import packer_of, rearrange
@@ -42,11 +43,12 @@ class Loaded(NamedTuple):
 def locate(source: str, *, progress: units.Progress = units.no_progress) -> Path:
     """The directory that holds the model's weights on this machine; they are fetched or prepared where they are not.
 
-    An adapter's directory stands for itself.
+    An adapter's directory stands for itself. A GGUF file whose matrices are Q8_0 or Q4_0 stays so.
     """
     if _is_adapter(Path(source)):
         return Path(source)
-    return local_directory(describe(source), progress=progress)
+    spec = describe(source)
+    return packed_directory(spec, progress=progress) or local_directory(spec, progress=progress)
 
 
 def load(

@@ -46,25 +46,34 @@ class StoredWeights:
 
     renamed: Mapping[str, str] = _RENAMED
 
-    def __init__(self, packings: Mapping[str, Packing], compute: torch.dtype) -> None:
-        self.packings, self.compute = packings, compute
+    def __init__(self, packings: Mapping[str, Packing], compute: torch.dtype, *, tied: bool) -> None:
+        self.packings, self.compute, self.tied = packings, compute, tied
 
     def swap(self, model: PreTrainedModel) -> None:
         names = {id(module): name for name, module in model.named_modules()}
 
         def make(module: nn.Module) -> nn.Module:
-            layer = packed_module(module, packing=self.packings[names[id(module)]], compute=self.compute)
+            packing = self.packings[names[id(module)]]
+            if isinstance(module, nn.Embedding):
+                return _embedding(module, packing, self.compute)
+            layer = packed_module(module, packing=packing, compute=self.compute)
             assert isinstance(layer, PackedLinear)
             layer.is_stored_packed = layer._is_hf_initialized = True
             return layer
 
         swap(model, match=lambda name, _: name in self.packings, make=make)
+        embedding = model.get_input_embeddings()
+        if self.tied and isinstance(embedding, PackedEmbedding):
+            _tie_later(model, model.get_output_embeddings(), embedding)
 
     def fill(self, model: PreTrainedModel) -> None:
         fill(model)
 
     def finish(self, model: PreTrainedModel) -> None:
-        """Nothing: all is as the file has it."""
+        """A head that is the embedding holds what it holds; all else is as the file has it."""
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if isinstance(embedding, PackedEmbedding) and isinstance(head, PackedLinear) and head.is_tied:
+            tie(head, embedding)
 
     def loading(self) -> QuantizationConfigMixin:
         return loading(self)
@@ -79,7 +88,7 @@ class PackAll:
 
     def __init__(self, format: str, compute: torch.dtype, *, tied: bool, stored: StoredWeights | None = None) -> None:
         self.format, self.compute, self.tied = format, compute, tied
-        self._stored = stored or StoredWeights({}, compute)
+        self._stored = stored or StoredWeights({}, compute, tied=tied)
         self.renamed: Mapping[str, str] = self._stored.renamed if stored else {}
 
     def swap(self, model: PreTrainedModel) -> None:
@@ -100,27 +109,45 @@ class PackAll:
     def _swap_ends(self, model: PreTrainedModel, embedding: nn.Embedding, head: nn.Linear) -> None:
         rows, hidden = embedding.weight.shape
         packed = PackedEmbedding(rows, hidden, compute=self.compute, device=embedding.weight.device)
+        packed._is_hf_initialized = True
+        model.set_input_embeddings(packed)
+        if self.tied:
+            _tie_later(model, head, packed)
+            return
         packed_head = packed_module(head, packing=Int8(), compute=self.compute)
         assert isinstance(packed_head, PackedLinear)
-        packed._is_hf_initialized = packed_head._is_hf_initialized = True
-        model.set_input_embeddings(packed)
+        packed_head._is_hf_initialized = True
         model.set_output_embeddings(packed_head)
-        if self.tied:
-            # transformers ties parameters alone, and is to miss nothing of the head's: `finish` ties codes and scales
-            packed_head._non_persistent_buffers_set.update(packed_head.held)
-            model.all_tied_weights_keys = {}
 
     def fill(self, model: PreTrainedModel) -> None:
         fill(model)
         self.finish(model)
 
     def finish(self, model: PreTrainedModel) -> None:
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        if self.tied and isinstance(embedding, PackedEmbedding) and isinstance(head, PackedLinear):
-            tie(head, embedding)
+        self._stored.finish(model)
 
     def loading(self) -> QuantizationConfigMixin:
         return loading(self)
+
+
+def _embedding(module: nn.Embedding, packing: Packing, compute: torch.dtype) -> PackedEmbedding:
+    assert isinstance(packing, Int8)
+    rows, hidden = module.weight.shape
+    layer = PackedEmbedding(rows, hidden, compute=compute, device=module.weight.device, packing=packing)
+    layer.is_stored_packed = layer._is_hf_initialized = True
+    return layer
+
+
+def _tie_later(model: PreTrainedModel, head: nn.Module, embedding: PackedEmbedding) -> None:
+    """A packed head that has nothing of its own: transformers ties parameters alone, and is to miss nothing of the
+    head's, so `finish` ties codes and scales."""
+    packed = packed_module(head, packing=embedding.packing, compute=embedding.compute)
+    assert isinstance(packed, PackedLinear)
+    packed._is_hf_initialized = True
+    packed.is_tied = True
+    packed._non_persistent_buffers_set.update(packed.held)
+    model.set_output_embeddings(packed)
+    model.all_tied_weights_keys = {}
 
 
 def rearrange(model: nn.Module) -> None:
@@ -164,7 +191,7 @@ def packer_of(
             "name the model that it was made from"
         )
     dtype = compute or _made_for(spec)
-    stored = None if packings is None else StoredWeights(packings, dtype)
+    stored = None if packings is None else StoredWeights(packings, dtype, tied=spec.tied_head)
     return stored if pack is None else PackAll(pack, dtype, tied=spec.tied_head, stored=stored)
 
 
@@ -192,8 +219,10 @@ def stored_packings(spec: ModelSpec) -> dict[str, Packing] | None:
     found: dict[str, Packing] = {}
     for name, module in model.named_modules():
         for weight in (f"{own}.weight" for own in (name, name.removeprefix(prefix), prefix + name)):
-            if type(module) is nn.Linear and weight in scales:
-                packing = _packing_in_file(weight, tensors, module)
+            if type(module) in (nn.Linear, nn.Embedding) and weight in scales:
+                packing = _packing_in_file(weight, tensors, *module.weight.shape)
+                if isinstance(module, nn.Embedding) and not isinstance(packing, Int8):
+                    return None
                 # T5 casts the inputs of what it keeps in FP32 to the dtype of its codes, unless they are INT8
                 if packing is None or (kept & set(name.split(".")) and not isinstance(packing, Int8)):
                     return None
@@ -202,8 +231,7 @@ def stored_packings(spec: ModelSpec) -> dict[str, Packing] | None:
     return None if scales else found
 
 
-def _packing_in_file(weight: str, tensors: Mapping[str, TensorSpec], module: nn.Linear) -> Packing | None:
-    rows, inputs = module.out_features, module.in_features
+def _packing_in_file(weight: str, tensors: Mapping[str, TensorSpec], rows: int, inputs: int) -> Packing | None:
     if (packing := _int8_of_others(weight.removesuffix(".weight"), tensors, rows, inputs)) is not None:
         return packing
     scale, whole, words, absmax = (tensors.get(weight + end) for end in ("_scale", "", "_packed", ".absmax"))
@@ -216,13 +244,14 @@ def _packing_in_file(weight: str, tensors: Mapping[str, TensorSpec], module: nn.
     if f"{weight}_zero_point" in tensors or f"{weight}_g_idx" in tensors:
         return None
     group = inputs // scale.shape[1]
-    if whole is not None and whole.shape == (rows, inputs) and group == inputs:
-        known: dict[str, Packing] = {"int8": Int8(), "fp8_e4m3": Fp8()}
+    by_row = group == inputs
+    if whole is not None and whole.shape == (rows, inputs) and (by_row or whole.dtype == "int8"):
+        known: dict[str, Packing] = {"int8": Int8(group_size=None if by_row else group), "fp8_e4m3": Fp8()}
         return known.get(whole.dtype)
     if words is not None and words.shape == (rows, inputs // 8) and inputs % 8 == 0:
         return Int4(group_size=group)
     if words is not None and words.shape == (rows, inputs // 4) and inputs % 4 == 0:
-        return Int8Words(group_size=None if group == inputs else group)
+        return Int8Words(group_size=None if by_row else group)
     return None
 
 

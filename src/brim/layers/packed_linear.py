@@ -29,6 +29,8 @@ class PackedLinear(nn.Linear):
     """Whether its products are bitsandbytes 0.42's (`_HeldProduct`)."""
     is_stored_packed = False
     """Whether its file holds what it holds: nothing is packed as it is loaded."""
+    is_tied: bool = False
+    """Whether it holds what the embedding holds."""
 
     def __init__(
         self,

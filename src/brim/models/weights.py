@@ -11,7 +11,7 @@ Needs torch and transformers, so `brim.models` does not import it.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from brim.models import embedded, hub
 from brim.models.directory import read_tensors, weight_files
 from brim.models.embedded import EmbeddedModel
 from brim.models.gguf_config import config_from_gguf
-from brim.models.gguf_header import read_gguf_header
+from brim.models.gguf_header import GgufHeader, read_gguf_header
 from brim.models.quiet import quiet_transformers
 from brim.models.spec import ModelSpec
 from brim.publish import check_room, whole_directory
@@ -91,20 +91,31 @@ def _prepared(
     sources: tuple[Path, ...], name: str, spec: ModelSpec, progress: Progress, whole: Callable[[Path], Path]
 ) -> Path:
     """The prepared directory of a GGUF file of this name; `whole(place)` gives the file, made at `place` if need be."""
-    target = cache_directory() / "models" / f"{Path(name).stem.lower()}-{_identity(sources)}"
+    source_bytes = sum(path.stat().st_size for path in sources) if len(sources) > 1 else 0
+
+    def make(directory: Path) -> None:
+        place = directory / "gguf"
+        _convert(whole(place), directory, spec, progress)
+        shutil.rmtree(place, ignore_errors=True)
+
+    return prepared(sources, name, need_bytes=4 * spec.num_parameters + source_bytes, make=make)
+
+
+def prepared(
+    sources: tuple[Path, ...], name: str, *, form: str = "", need_bytes: int, make: Callable[[Path], None]
+) -> Path:
+    """The directory in the cache that `make` fills once from these files of a model, its tokenizer beside the weights;
+    `form` tells it from others that are made of the same."""
+    target = cache_directory() / "models" / f"{Path(name).stem.lower()}{form}-{_identity(sources)}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # One process prepares, the others wait and find it done.
     with FileLock(target.parent / f".{target.name}.waiting.lock"):
-        if target.is_dir():
-            return target
-        source_bytes = sum(path.stat().st_size for path in sources) if len(sources) > 1 else 0
-        check_room(target.parent, 4 * spec.num_parameters + source_bytes + _TOKENIZER_BYTES, what=f"preparing {name}")
-        with whole_directory(target) as partial:
-            place = partial / "gguf"
-            _convert(whole(place), partial, spec, progress)
-            shutil.rmtree(place, ignore_errors=True)
+        if not target.is_dir():
+            check_room(target.parent, need_bytes + _TOKENIZER_BYTES, what=f"preparing {name}")
+            with whole_directory(target) as partial:
+                make(partial)
     return target
 
 
@@ -122,8 +133,7 @@ def _convert(gguf: Path, directory: Path, spec: ModelSpec, progress: Progress) -
     # Our reader first: the loader's own checks little of what the file claims.
     header = read_gguf_header(gguf)
     facts = config_from_gguf(header, where=gguf)
-    if not 0 < header.array_lengths.get("tokenizer.ggml.tokens", 0) <= facts["vocab_size"]:
-        raise ModelFileError(f"{gguf} has no tokenizer that fits its embedding; use the model's Hugging Face form")
+    check_vocabulary(header, facts, gguf)
     config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
     total = len(header.tensors) + 2  # the tokenizer and the writing take a step each
     progress(0, total)
@@ -139,11 +149,22 @@ def _convert(gguf: Path, directory: Path, spec: ModelSpec, progress: Progress) -
         del model.config.quantization_config
         model.save_pretrained(directory)
         progress(total - 1, total)
-        transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+        write_tokenizer(gguf, directory)
     written = sum(tensor.numel for tensor in read_tensors(directory))
     if written != spec.num_parameters:
         raise ModelFileError(f"{gguf} gave {written:,} parameters, and {spec.name} has {spec.num_parameters:,}")
     progress(total, total)
+
+
+def check_vocabulary(header: GgufHeader, config: Mapping[str, Any], gguf: Path) -> None:
+    """Raises ModelFileError where the file's tokenizer and its embedding do not go together."""
+    if not 0 < header.array_lengths.get("tokenizer.ggml.tokens", 0) <= config["vocab_size"]:
+        raise ModelFileError(f"{gguf} has no tokenizer that fits its embedding; use the model's Hugging Face form")
+
+
+def write_tokenizer(gguf: Path, directory: Path) -> None:
+    """Of this file, as transformers saves it."""
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
 
 
 @contextmanager

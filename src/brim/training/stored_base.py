@@ -40,7 +40,7 @@ def stored_base(recipe: Recipe, spec: ModelSpec, *, rehearsed: bool) -> StoredBa
         return None
     _check(recipe.precision, spec.name, packings)
     settled = {name: _settled(packing) for name, packing in packings.items()}
-    return StoredBase(settled if rehearsed else packings, DTYPES[recipe.precision.compute])
+    return StoredBase(settled if rehearsed else packings, DTYPES[recipe.precision.compute], tied=spec.tied_head)
 
 
 def _check(precision: Precision, name: str, packings: Mapping[str, Packing]) -> None:

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from brim.layers import products
-from brim.layers.packed_embedding import PACKING, PackedEmbedding, tie
+from brim.layers.packed_embedding import PackedEmbedding, tie
 from brim.layers.packed_linear import PackedLinear
 from brim.layers.packing import Fp8, Int4, Int4Kernel, Int8, Int8Words, Nf4, Packing
 
@@ -116,7 +116,7 @@ def test_an_embedding_gives_its_unpacked_rows_and_is_its_head() -> None:
     weight_VH = random(40, 32, dtype=torch.bfloat16)
     embedding = PackedEmbedding(40, 32, compute=torch.bfloat16, device=CPU)
     embedding.pack(weight_VH)
-    head = packed(PACKING, torch.zeros_like(weight_VH))
+    head = packed(Int8(), torch.zeros_like(weight_VH))
     tie(head, embedding)
     unpacked_VH = head.unpacked()
     ids = torch.tensor([[3, 0, 39], [3, 3, 7]])
