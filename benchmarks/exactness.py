@@ -44,16 +44,9 @@ What the rehearsal does not see, and how much it is:
 
 - **Numbers that autograd keeps**: 8 bytes for each multiplication of a tensor that needs a gradient by a Python number
   (an adapter's scale, attention's scale): the few hundred bytes in most rows with LoRA.
-- **Scratch memory of BF16 and FP16 matmuls**: on a CPU oneDNN packs operands into memory that it takes from the
-  allocator and gives back before the operator returns; how much depends on the processor, at most about one operand.
-- **Casts inside an operator**: on a CPU, an elementwise operator on two formats (BF16 and FP32) casts one operand into
-  memory of its own until it returns.
-
-The last two show only where such an operator is the peak, not the logits: in classifiers, and in checkpointed T5 under
-autocast. Of the cells beyond 0.1 %, those of Mixtral (its routing) and one of GPT-2 are casts, the others scratch:
-without blocks that are freed as soon as they are allocated, those agree within 0.006 %. What is 0.3 to 2.5 % of these
-models of 3 to 8 MB was 0.10 % of a BERT classifier of six blocks of 768 (0.7 MB of 729 MB). In FP32 there is neither:
-every cell is within 0.006 %.
+- **What large operators take inside themselves.** Casts are counted at any size; what oneDNN packs operands of 16-bit
+  products into is asked of the processor by running the operator once on zeros, up to 2^31 multiplications and 64 MiB.
+  So predictions for a CPU are for the processor that makes them; another one packs otherwise.
 
 Experts: transformers' default (`grouped_mm`) sorts tokens by expert and multiplies all of them in one operator, so its
 sizes do not depend on the routing; the trainer and the rehearsal both use it. The routing here is that of random

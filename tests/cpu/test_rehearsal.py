@@ -117,7 +117,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "kept on the host, checkpointed, lora": ("memory.offload=activations", CHECKPOINTED, "method=lora"),
     "weights on the host": ("memory.offload=weights", *FP32),
     "weights on the host, checkpointed, qlora": ("memory.offload=weights", CHECKPOINTED, *NF4),
-    "all on the host": ("memory.offload=all", "grad_accumulation=2"),
+    "all on the host, checkpointed": ("memory.offload=all", CHECKPOINTED, "grad_accumulation=2"),
     "all on the host, master, lora": ("memory.offload=all", "precision.master=fp32", "method=lora"),
     "all on the host, checkpointed, in backward": ("memory.offload=all", CHECKPOINTED, *IN_BACKWARD, *FP32),
     "all on the host, qlora, 8 bits": ("memory.offload=all", "optimizer.name=adamw8bit", *NF4),
