@@ -123,13 +123,15 @@ def load(
     task: Task | None = None,
     num_labels: int | None = None,
     swap: Swap | None = None,
+    mapped: bool = False,
 ) -> PreTrainedModel:
-    """The model with the weights of this directory, each tensor in storage of its own on the CPU.
+    """The model with the weights of this directory on the CPU, each tensor in storage of its own.
 
     A head that the directory lacks (a new classifier's) gets random weights.
 
     transformers may leave tensors in the mapped file; copying each (one at a time) makes them memory that the
-    allocator knows and that training may write to.
+    allocator knows and that training may write to. `mapped`: they stay there, for who takes parts of them; what is
+    stored in another format than `dtype` is copied all the same.
     """
     auto = _CLASSES[task or spec.task]
     settings: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
@@ -149,7 +151,7 @@ def load(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelFileError(f"{directory}: transformers cannot load it: {error}") from error
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in [*(() if mapped else model.parameters()), *model.buffers()]:
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     if swap is not None:
         model.hf_quantizer.remove_quantization_config(model)

@@ -103,14 +103,18 @@ def build(
     owners.switch("weights")
     place = torch.device(device)
     with owners.on_host() if recipe.memory.offloads_weights else nullcontext():
-        home = _CPU if recipe.memory.offloads_weights else place
-        base = base_model(recipe, spec, weights=weights, device=home)
-        model = _altered(base, recipe)
+        divides_weights = recipe.parallel.divides_weights and ranks.data_count > 1
         divided = None if ranks.mesh is None or recipe.parallel.tensor == 1 else ranks.mesh["tensor"]
+        # who divides them takes each to its place: whole, they need not fit there
+        home = _CPU if recipe.memory.offloads_weights or divides_weights or divided is not None else place
+        mapped = divides_weights and divided is None
+        base = base_model(recipe, spec, weights=weights, device=home, mapped=mapped)
+        model = _altered(base, recipe)
         summed = [] if divided is None else divide_matrices(base, recipe, divided)
         held = recipe.library.sharding == "fsdp1" and recipe.adapts and recipe.parallel.sharding != "none"
         checkpoint_blocks(base, recipe.memory.activation_checkpointing, held=held)
-        divides_weights = recipe.parallel.divides_weights and ranks.data_count > 1
+        if divided is not None and not divides_weights:
+            base.to(place)  # what each has whole
         at_home = offload_blocks(base, recipe.memory, place, gathered=divides_weights)
         model.train()
         head = _head(base, recipe)
@@ -230,9 +234,17 @@ def _packer(recipe: Recipe, spec: ModelSpec, *, rehearsed: bool) -> PackedBase |
 
 
 def base_model(
-    recipe: Recipe, spec: ModelSpec, *, weights: Path | None = None, device: torch.device = _CPU
+    recipe: Recipe,
+    spec: ModelSpec,
+    *,
+    weights: Path | None = None,
+    device: torch.device = _CPU,
+    mapped: bool = False,
 ) -> PreTrainedModel:
-    """The model in the recipe's stored format, as transformers makes it: trained or asked to write."""
+    """The model in the recipe's stored format, as transformers makes it: trained or asked to write.
+
+    `mapped`: its weights may stay in their files until parts of them are taken.
+    """
     dtype, attention, task = recipe.plain_format, _transformers_name(recipe.memory.attention), recipe.task
     swap = _packer(recipe, spec, rehearsed=weights is None)
     num_labels = recipe.num_labels if task == "sequence-classification" else None
@@ -247,5 +259,7 @@ def base_model(
             return skeleton(
                 spec, dtype=dtype, attention=attention, task=task, num_labels=num_labels, swap=swap, written=written
             )
-    model = load(spec, weights, dtype=dtype, attention=attention, task=task, num_labels=num_labels, swap=swap)
+    model = load(
+        spec, weights, dtype=dtype, attention=attention, task=task, num_labels=num_labels, swap=swap, mapped=mapped
+    )
     return model if device.type == "cpu" else model.to(device)
