@@ -137,6 +137,4 @@ def reason(outcome: Outcome) -> str:
         return "not explained: the code of mid-2023, before litgpt's versions on PyPI"
     if row["memory_kind"] == "nvidia-smi":
         return "reserved depends on the order of every allocation since the start: loading, warm-up and evaluation too"
-    if "autocast" in row["compute_dtype"]:
-        return "CUDA's autocast runs more operators in FP32 than a CPU's"
     return "not explained"
