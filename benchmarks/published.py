@@ -65,6 +65,7 @@ _FSDP1 = ("foundation-model-stack/fms-acceleration", "AnswerDotAI/fsdp_qlora")
 """Through accelerate, and directly; both with reentrant checkpoints, which were the default."""
 
 
+_BEFORE_PEFT_11 = ("AnswerDotAI/fsdp_qlora", "QwenLM/Qwen@", "modelscope/ms-swift")
 _TORCHTUNE = ("pytorch/torchtune", "meta-pytorch/torchtune")
 
 
@@ -231,8 +232,9 @@ def _method(row: Row) -> list[str]:
         names = json.dumps([_LITGPT_TARGETS[part] for part in row["lora_targets"].split("+")])
     else:
         names = json.dumps(_targets(row))
-    # torchtune makes the whole model in one format (recipes/lora_finetune_single_device.py, set_default_dtype)
-    plain = ("Lightning-AI/litgpt", *_TORCHTUNE)
+    # torchtune makes the whole model in one format (recipes/lora_finetune_single_device.py, set_default_dtype);
+    # PEFT gave adapters their layer's until 0.11 (peft#1706, autocast_adapter_dtype, May 2024): beside codes FP32
+    plain = ("Lightning-AI/litgpt", *_TORCHTUNE, *(_BEFORE_PEFT_11 if method == "lora" else ()))
     adapters = "weights" if row["source_repo_or_paper"].startswith(plain) else "fp32"
     if method == "qlora" and row["parallelism"] != "none":
         adapters = "weights"  # trl/trainer/sft_trainer.py: autocast_adapter_dtype=False for a sharded, packed base
