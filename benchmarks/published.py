@@ -106,8 +106,8 @@ def case_of(row: Row) -> Case:
     """Raises Missing."""
     writing = _writing(row)
     columns: tuple[Callable[[Row], list[str]], ...] = (
-        _task, _parallel, _quantization, _method, _precision, _autocast, _optimizer, _checkpointing, _attention, _loss,
-        _cache, _compile, _batch,
+        _task, _parallel, _quantization, _method, _precision, _trainer, _optimizer, _checkpointing, _attention, _loss,
+        _compile, _batch,
     )  # fmt: skip
     if writing is not None:
         columns = (_parallel, _quantization, _precision, _attention, _compile)
@@ -287,16 +287,13 @@ def _precision(row: Row) -> list[str]:
     return [f"precision.weights={weights}", f"precision.compute={'bf16' if half else 'fp32'}"]
 
 
-def _autocast(row: Row) -> list[str]:
+def _trainer(row: Row) -> list[str]:
     """fms-acceleration's refs say `fp16` or `bf16` of every run on a packed base, and of all in the file with Liger."""
     if not row["source_repo_or_paper"].startswith("foundation-model-stack"):
         return []
     asked = "autocast" in row["compute_dtype"] or row["quant"] not in ("none", "")
-    return ["library.autocast=true"] if asked else []
-
-
-def _cache(row: Row) -> list[str]:
-    return ["library.cache=kept"] if "bigcode" in row["model"] else []
+    found = ["library.autocast=true"] if asked else []
+    return [*found, "library.cache=kept"] if "bigcode" in row["model"] else found
 
 
 def _optimizer(row: Row) -> list[str]:
