@@ -6,6 +6,7 @@ block of this width. Good enough to say which recipes are worth a rehearsal, whi
 
 from dataclasses import dataclass
 
+from brim.memory import scan
 from brim.memory.families import FAMILIES
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
@@ -28,16 +29,23 @@ def closed_form_knows(spec: ModelSpec, recipe: Recipe) -> bool:
 
 
 def rough(spec: ModelSpec, recipe: Recipe) -> Ledger:
-    """The larger of two moments: all activations with the logits, or all gradients with one block's activations."""
+    """The largest of three moments: all activations with the logits, all with what the last block passes on in
+    backward, or all gradients with one block's activations. Micro-batches find the gradients of earlier ones."""
     parts = _Parts(spec=spec, recipe=recipe)
-    kept = parts.activations + parts.loss
-    late = parts.gradients + parts.block
+    waiting = parts.gradients if scan.scans(spec) and recipe.grad_accumulation > 1 else 0
+    again = parts.block if scan.scans(spec) and recipe.memory.activation_checkpointing != "none" else 0
+    activations, loss, gradients = max(
+        (parts.activations - again, parts.loss, waiting),
+        (parts.activations + parts.passing, 0, waiting),
+        (parts.block + parts.passing, 0, parts.gradients),
+        key=sum,
+    )
     return Ledger(
         weights=parts.weights,
         optimizer=parts.optimizer,
-        activations=parts.activations if kept >= late else parts.block,
-        loss=parts.loss if kept >= late else 0,
-        gradients=0 if kept >= late else parts.gradients,
+        activations=activations,
+        loss=loss,
+        gradients=gradients,
     )
 
 
@@ -128,19 +136,29 @@ class _Parts:
     def block(self) -> int:
         """Bytes that one block keeps for backward."""
         recipe, spec = self.recipe, self.spec
+        if scan.scans(spec):
+            return scan.block_bytes(spec, self._tokens, self._compute_bytes, trained=recipe.trains_weights)
         linear = self._compute_bytes * self._tokens * (12 * spec.hidden_size + 4 * _feed_width(spec))
         length = max(recipe.seq_len, recipe.target_len if recipe.task == "seq2seq-lm" else 0)
         scores = (4 + 2 * self._compute_bytes) * recipe.micro_batch_size * spec.num_heads * length**2
         return linear + (scores if recipe.memory.attention == "eager" else 0)
 
     @property
+    def passing(self) -> int:
+        """Bytes beside it in its backward, where they are many."""
+        return scan.passing_bytes(self.spec, self._tokens) if scan.scans(self.spec) else 0
+
+    @property
     def boundary(self) -> int:
         """Bytes of one block's input."""
-        return self._compute_bytes * self._tokens * self.spec.hidden_size
+        wide = scan.scans(self.spec) and self.spec.config.get("residual_in_fp32", True)
+        return (4 if wide else self._compute_bytes) * self._tokens * self.spec.hidden_size
 
     @property
     def activations(self) -> int:
         linears = self._compute_bytes * self._tokens * (5 * self.spec.hidden_size + 2 * _feed_width(self.spec))
+        if scan.scans(self.spec):
+            linears = scan.linear_result_bytes(self.spec, self._tokens, self._compute_bytes)
         if self.recipe.memory.activation_checkpointing == "full":
             kept = self.spec.num_layers * self.boundary + self.block
         elif self.recipe.memory.activation_checkpointing == "selective":
