@@ -90,6 +90,13 @@ def test_settings_round_trip(recipe: Recipe) -> None:
     assert recipe.with_settings(again) == recipe
 
 
+@given(RECIPES)
+def test_settings_that_differ_give_the_recipe(recipe: Recipe) -> None:
+    """What a plan says to type next is the recipe, and no default is said."""
+    assert Recipe(model=recipe.model).with_settings(recipe.settings()) == recipe
+    assert Recipe(model=recipe.model).settings() == []
+
+
 def _toml_value(values: dict[str, Any], key: str) -> str:
     for part in key.split("."):
         values = values[part]

@@ -1,5 +1,6 @@
 """A plan, printed: what fits best, what does not and why, and what to type next."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -33,7 +34,8 @@ def show(result: Plan, model: str, save: Path | None, taken: Sequence[Cost]) -> 
     for line in (*_costs(taken), *_reasons(shown), *_remarks(result)):
         console.out.print(line, markup=False, soft_wrap=True)
     recipe = str(save) if save is not None else f"{model} {_settings_of(result.recipes[0])}"
-    console.out.print(f"Next: brim tune {recipe}", markup=False, soft_wrap=True)
+    on_gpu = " --device cuda" if result.recipes[0].peak.device_bytes is not None else ""
+    console.out.print(f"Next: brim tune {recipe}{on_gpu}", markup=False, soft_wrap=True)
 
 
 def _shown(result: Plan) -> dict[int, Prediction]:
@@ -130,15 +132,5 @@ def _remarks(result: Plan) -> Iterator[str]:
 
 
 def _settings_of(prediction: Prediction) -> str:
-    """`--set key=value` for each key in which the recipe differs from the defaults."""
-    recipe = Recipe.from_dict(prediction.recipe)
-    chosen, default = recipe.to_dict(), Recipe(model=recipe.model).to_dict()
-    return " ".join(f"--set {key}={value}" for key, value in _differences(chosen, default, ""))
-
-
-def _differences(chosen: dict[str, Any], default: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in chosen.items():
-        if isinstance(value, dict):
-            yield from _differences(value, default[key], f"{prefix}{key}.")
-        elif value != default[key]:
-            yield prefix + key, value
+    """`--set key=value`, as a shell reads it, for each key in which the recipe differs from the defaults."""
+    return " ".join(f"--set {shlex.quote(setting)}" for setting in Recipe.from_dict(prediction.recipe).settings())

@@ -4,8 +4,9 @@ A misspelt key, a wrong kind and a combination that cannot run are refused when 
 """
 
 import dataclasses
+import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
@@ -117,6 +118,10 @@ class Recipe:
             raise RecipeError(f"recipe {path} is not TOML: {error}") from None
         return cls.from_dict(values, where=str(path))
 
+    def settings(self) -> list[str]:
+        """`key=value` for each key that is not as a recipe of this model alone has it; `with_settings` reads them."""
+        return list(_differences(self.to_dict(), Recipe(model=self.model).to_dict(), ""))
+
     def with_settings(self, settings: Iterable[str]) -> "Recipe":
         """A copy with `key=value` settings applied, keys dotted as in `precision.weights=fp32`."""
         values = self.to_dict()
@@ -143,3 +148,16 @@ class Recipe:
 
 
 SECTIONS = {line.name for line in fields(Recipe) if dataclasses.is_dataclass(get_type_hints(Recipe)[line.name])}
+
+
+def _differences(values: dict[str, Any], others: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _differences(value, others[key], f"{prefix}{key}.")
+        elif value != others[key]:
+            yield f"{prefix}{key}={value if isinstance(value, str) else _in_toml(value)}"
+
+
+def _in_toml(value: object) -> str:
+    """On one line: JSON's numbers, truths and lists of texts are TOML's, but for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
