@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from brim import units
-from brim.cli import console, options, picture, shown
+from brim.cli import console, fallback, options, picture, shown
 from brim.errors import DoesNotFitError, Stopped, UsageError
 from brim.hardware.detect import detect_host
 from brim.hardware.rates import cpu_identity
@@ -136,12 +136,17 @@ def _run(
                     resume=resume,
                     merge=merge,
                     ranks=ranks,
+                    cap_bytes=None if cap is None else predicted.budget_bytes,
                     progress=progress,
                 )
             if is_first():
                 note_work(job)
-            with show_steps(recipe) as on_step:
-                return run(job, on_step=on_step, should_stop=stop.asked_after_step, tell=console.note)
+
+            def trained(job: "Run") -> RunReport:
+                with show_steps(job.recipe) as on_step:
+                    return run(job, on_step=on_step, should_stop=stop.asked_after_step, tell=console.note)
+
+            return fallback.first_that_fits(job, trained, lambda lighter: predict(lighter, spec, device, cap))
 
 
 def _check_merge(recipe: Recipe, *, merge: bool) -> None:

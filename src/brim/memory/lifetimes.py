@@ -87,6 +87,9 @@ class LifetimeMeter(PlainMode):
             self.see(tensor)
             self._blocks[_key(storage_of(tensor))].line = line
 
+    def rest(self) -> None:
+        """Everything is added up as it comes."""
+
     def place(self, *, on_host: bool) -> None:
         self._on_host = on_host
 

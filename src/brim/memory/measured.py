@@ -86,6 +86,12 @@ class CpuMeter:
     def place(self, *, on_host: bool) -> None:
         """The same memory."""
 
+    def rest(self) -> None:
+        """The recording of many micro-batches would take more memory than their tensors."""
+        if self._recording is not None:
+            self._replay()
+            self._record()
+
     def sample(self) -> tuple[int, int]:
         self._replay()
         now, highest = self._trace.live_bytes, self._trace.peak_bytes

@@ -74,6 +74,9 @@ class ModuleWatch:
                 if parameter.grad is not None and id(parameter.grad) in claimed:
                     self._meter.tag(parameter.grad, _owner(name))
 
+    def rest(self) -> None:
+        """Everything is added up as it comes."""
+
     def place(self, *, on_host: bool) -> None:
         """Modules own what is in the host's memory, too."""
 

@@ -22,6 +22,9 @@ class Listener(Protocol):
     def place(self, *, on_host: bool) -> None:
         """Storage allocated from now on is in the host's memory, or in the device's again."""
 
+    def rest(self) -> None:
+        """No operator runs now."""
+
 
 _listeners: list[Listener] = []
 _working_on = "workspace"
@@ -64,6 +67,12 @@ def claim(line: str, tensors: Iterable[Tensor]) -> None:
         owned = list(tensors)
         for listener in _listeners:
             listener.claim(line, owned)
+
+
+def rest() -> None:
+    """Between micro-batches: a meter may add up what it has recorded."""
+    for listener in _listeners:
+        listener.rest()
 
 
 @contextmanager

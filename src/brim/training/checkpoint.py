@@ -35,8 +35,11 @@ from brim.training.ranks import Ranks
 _RANDOM = "random_generator"
 _CUDA_RANDOM = "cuda_random_generator"
 _LOSS_SCALE = "loss_scale"
-_MAY_CHANGE = ("save_every", "evaluate_every", "on_spike")
-"""Of [training]: what a run that goes on may do in another way than before."""
+_MAY_CHANGE = (
+    "training.save_every", "training.evaluate_every", "training.on_spike", "memory.loss",
+    "memory.activation_checkpointing",
+)  # fmt: skip
+"""What a run that goes on may do in another way than before: it learns the same, though not the same bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +165,12 @@ def load_checkpoint(directory: Path, workload: Workload, *, data: str) -> Progre
 
 def _what_is_learned(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without what a run may be gone on with in another way."""
-    training = {key: value for key, value in recipe["training"].items() if key not in _MAY_CHANGE}
-    return {**recipe, "training": training}
+    sections = {
+        name: {key: value for key, value in recipe[name].items() if f"{name}.{key}" not in _MAY_CHANGE}
+        for name in ("training", "memory")
+    }
+    rows = recipe["micro_batch_size"] * recipe["grad_accumulation"]
+    return {**recipe, **sections, "micro_batch_size": rows, "grad_accumulation": 1}
 
 
 def _check_same(checkpoint: Path, same: bool, what: str) -> None:

@@ -29,6 +29,7 @@ def loss_over(workload: Workload, batches: Sequence[Batch]) -> float:
     try:
         with torch.no_grad(), workload.kernels():
             for first in range(0, len(batches), ranks.data_count):
+                owners.rest()
                 index = first + ranks.data_rank
                 batch = batches[index if index < len(batches) else 0]
                 loss = batch_loss(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets)

@@ -32,6 +32,8 @@ class Run:
     merge: bool = False
     """Beside the adapter, in `OUTPUT/merged`, the model with the adapter in it."""
     ranks: Ranks = ALONE
+    cap_bytes: int | None = None
+    """What this process's tensors may take, on a CPU; None: what there is."""
 
 
 OnStep = Callable[[StepRecord], None]

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from brim.errors import BrimError, Stopped, UsageError
+from brim.memory.cap import walled
 from brim.memory.measured import RealMeter, meter_for
 from brim.publish import alone, write_whole
 from brim.report import RunReport
@@ -31,7 +32,7 @@ from brim.training.schedule import learning_rate
 from brim.training.setbacks import batch_number, goes_back, is_spike
 from brim.training.step import train_step
 from brim.training.teacher import TEACHER_BYTES, taught
-from brim.training.trouble import check_number, check_weights, explain_lost_rank, explain_out_of_memory
+from brim.training.trouble import check_cap, check_number, check_weights, explain_lost_rank, explain_out_of_memory
 from brim.training.workplace import checkpoints_of, discard_unbegun, open_workplace, workplace_of
 
 _RECENT_STEPS = 100
@@ -67,8 +68,9 @@ def run(
 
 
 def _run(job: Run, watch: Watch) -> RunReport:
+    meter = meter_for(torch.device(job.device))
     try:
-        with meter_for(torch.device(job.device)) as meter:
+        with meter:
             torch.manual_seed(job.recipe.training.seed)
             workload = build(job.recipe, job.spec, weights=job.weights, device=job.device, ranks=job.ranks)
             _tell_classes(job, workload)
@@ -89,7 +91,7 @@ def _run(job: Run, watch: Watch) -> RunReport:
     except BrimError:
         raise
     except (RuntimeError, MemoryError) as error:
-        explain_out_of_memory(job, error)
+        explain_out_of_memory(job, meter, error)
         explain_lost_rank(job, error)
         raise
     return report
@@ -126,13 +128,22 @@ def _resumed(job: Run, workload: Workload) -> History:
 
 
 def _train(job: Run, workload: Workload, history: History, meter: RealMeter, watch: Watch) -> None:
-    training, steps = job.recipe.training, job.data.steps(job.recipe)
+    steps = job.data.steps(job.recipe)
     # Loading maps the weights' file, which the profiler counts; it is page cache, not memory that the run needs.
     meter.start_over()
-    history.measure(meter)
+    allocated_bytes, _ = history.measure(meter)
     if job.ranks.any(watch.should_stop()):
         raise Stopped("stopped before the first step; start again with the same command and --resume")
-    first_step = len(history.losses)
+    cap_bytes = job.cap_bytes if job.device == "cpu" else None
+    with walled(cap_bytes, allocated_bytes=allocated_bytes):
+        _train_steps(job, workload, history, meter, watch, steps)
+        if job.held is not None and history.eval_loss is None:
+            history.eval_loss = mean_loss(workload, job.held)
+    check_weights(workload, steps)
+
+
+def _train_steps(job: Run, workload: Workload, history: History, meter: RealMeter, watch: Watch, steps: int) -> None:
+    training, first_step = job.recipe.training, len(history.losses)
     with Metrics(workplace_of(job.output), first_step=first_step) if job.ranks.is_first else nullcontext() as metrics:
         while (step := len(history.losses)) < steps:
             last = step + 1 == steps
@@ -150,9 +161,6 @@ def _train(job: Run, workload: Workload, history: History, meter: RealMeter, wat
                 _save(job, workload, history, watch)
             if stopping:
                 raise Stopped(f"stopped after step {step + 1} of {steps}; go on with the same command and --resume")
-    if job.held is not None and history.eval_loss is None:
-        history.eval_loss = mean_loss(workload, job.held)
-    check_weights(workload, steps)
 
 
 def _step(job: Run, workload: Workload, history: History, steps: int, watch: Watch) -> bool:
@@ -178,6 +186,7 @@ def _record(job: Run, workload: Workload, history: History, meter: RealMeter, st
     """What is known after the step that was just done; evaluates when it is time to."""
     step, training, scale = len(history.losses), job.recipe.training, workload.loss_scale
     _, allocated_bytes = history.measure(meter)
+    check_cap(job, history)
     allocated_bytes, peak_bytes = job.ranks.highest(allocated_bytes, history.peak.allocated_bytes)
     history.eval_loss = None
     if job.held is not None and (step == steps or (training.evaluate_every and step % training.evaluate_every == 0)):

@@ -31,6 +31,7 @@ def prepare(
     resume: bool = False,
     merge: bool = False,
     ranks: Ranks = ALONE,
+    cap_bytes: int | None = None,
     progress: Progress = no_progress,
 ) -> Run:
     """Everything a run needs. Reads the data first: it is what most often is wrong, and fast to see.
@@ -54,6 +55,7 @@ def prepare(
         resume=resume,
         merge=merge,
         ranks=ranks,
+        cap_bytes=cap_bytes,
     )
 
 

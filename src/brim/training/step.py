@@ -25,6 +25,8 @@ def train_step(workload: Workload, batches: Sequence[Batch], *, learning_rate: f
     total = torch.zeros((), dtype=torch.float32, device=workload.device)
     scale = workload.loss_scale.value if workload.loss_scale is not None else 1.0
     for index, batch in enumerate(batches):
+        if index:
+            owners.rest()
         with workload.accumulating(is_last=index + 1 == len(batches)):
             total += _backward(workload, batch.mapped(lambda tensor: tensor.to(workload.device)), num_targets / scale)
     owners.switch("workspace")

@@ -3,8 +3,11 @@
 import math
 
 from brim.errors import RanOutOfMemoryError, Stopped, UsageError
+from brim.memory.measured import RealMeter
+from brim.report import Ledger, Peak
 from brim.training.build import Workload
 from brim.training.checkpoint import wrong_weight
+from brim.training.history import History
 from brim.training.job import Run
 from brim.units import format_bytes
 
@@ -42,14 +45,27 @@ def explain_lost_rank(job: Run, error: BaseException) -> None:
         raise Stopped("another rank has ended; go on with the same command and --resume") from error
 
 
-def explain_out_of_memory(job: Run, error: BaseException) -> None:
-    """Raises RanOutOfMemoryError when that is what happened."""
+def explain_out_of_memory(job: Run, meter: RealMeter, error: BaseException) -> None:
+    """Raises RanOutOfMemoryError when that is what happened, with what there was at that moment."""
     text = str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        ledger = ", ".join(
-            f"{line} {format_bytes(size)}" for line, size in job.predicted.ledger.to_dict().items() if size
-        )
         raise RanOutOfMemoryError(
-            f"out of memory; predicted was {format_bytes(job.predicted.peak.allocated_bytes)} ({ledger}); "
-            "plan again with a smaller --memory, and see that nothing else fills the machine"
+            f"out of memory with {_told(meter.peak, meter.ledger)}; predicted was "
+            f"{_told(job.predicted.peak, job.predicted.ledger)}; plan again with a smaller --memory, and see that "
+            "nothing else fills the machine"
         ) from error
+
+
+def check_cap(job: Run, history: History) -> None:
+    """Raises RanOutOfMemoryError when a step's tensors took more than they may."""
+    if job.cap_bytes is not None and job.device == "cpu" and history.peak.allocated_bytes > job.cap_bytes:
+        predicted = _told(job.predicted.peak, job.predicted.ledger)
+        raise RanOutOfMemoryError(
+            f"step {len(history.losses)} took {_told(history.peak, history.ledger)}, more than the "
+            f"{format_bytes(job.cap_bytes)} that it may; predicted was {predicted}"
+        )
+
+
+def _told(peak: Peak, ledger: Ledger) -> str:
+    lines = ", ".join(f"{line} {format_bytes(size)}" for line, size in ledger.to_dict().items() if size)
+    return f"{format_bytes(peak.allocated_bytes)} allocated ({lines})"

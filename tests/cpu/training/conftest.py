@@ -58,7 +58,13 @@ def make_run(make_recipe: MakeRecipe, tiny_directory: Callable[[str], Path], tok
     """Family, settings and places -> a run over a short text, six steps long."""
 
     def make(
-        family: str, *, output: Path | None = None, resume: bool = False, held: bool = False, **settings: Any
+        family: str,
+        *,
+        output: Path | None = None,
+        resume: bool = False,
+        held: bool = False,
+        cap_bytes: int | None = None,
+        **settings: Any,
     ) -> Run:
         recipe = make_recipe(family, **{"training": Training(max_steps=6), **settings})
         lines = [
@@ -75,6 +81,7 @@ def make_run(make_recipe: MakeRecipe, tiny_directory: Callable[[str], Path], tok
             output=output or tmp_path / "out",
             predicted=prediction_of(recipe),
             resume=resume,
+            cap_bytes=cap_bytes,
         )
 
     return make
