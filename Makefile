@@ -68,7 +68,8 @@ closed-form: $(READY)
 	$(PY) -W ignore -m benchmarks.closed_form --docs
 
 # Perplexity by how scales are chosen, against its targets. PEER=PYTHON: that of an environment with llm-compressor, for its
-# GPTQ on the same tokens; DOCS=1 rewrites docs/quantize_accuracy.md. About a quarter of an hour.
+# GPTQ on the same tokens (benchmarks/requirements-quantize-peer.txt); DOCS=1 rewrites docs/quantize_accuracy.md. Up to
+# an hour.
 quantize-accuracy: $(READY)
 	$(PY) -W ignore -m benchmarks.quantize_accuracy $(if $(PEER),--peer $(PEER)) $(if $(DOCS),--docs docs/quantize_accuracy.md)
 

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from brim.checkpoints.pieces import DEFLATE, MAX_PIECE_BYTES, SHUFFLE
 from brim.errors import MissingPartError, ModelFileError
 from brim.models.files import MAX_JSON_BYTES, file_size, parse_json_object, unreadable
+from brim.models.pieces import Pieces
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _PATIENCE_S = 120
@@ -29,7 +31,9 @@ class Dataset(NamedTuple):
     dtype: str
     nbytes: int
     offset: int
-    """Of its first byte, in the file."""
+    """Of its first byte, in the file; of its first piece's."""
+    pieces: Pieces | None = None
+    """Where its bytes are, if it is held in pieces."""
 
 
 def datasets(path: Path, begin: int = 0, end: int | None = None) -> tuple[Dataset, ...]:
@@ -78,11 +82,36 @@ def _dataset(facts: dict[str, Any], path: Path, begin: int, end: int) -> Dataset
         nbytes *= size
     if not nbytes:
         return Dataset(name, shape, _TYPES[code], 0, 0)
+    if "places" in facts:
+        pieces = _pieces(facts, shape, int(code[-1]), path, begin, end)
+        return Dataset(name, shape, _TYPES[code], nbytes, pieces.places[0][0], pieces)
     if facts["offset"] is None:
-        raise ModelFileError(f"{path}: dataset {name!r} lies in pieces or nowhere; save the model anew with Keras")
+        raise ModelFileError(f"{path}: dataset {name!r} has no bytes in the file; save the model anew with Keras")
     offset = begin + facts["offset"]
     if not begin <= offset <= end - nbytes:
         raise ModelFileError(
             f"{path}: dataset {name!r} ends at {offset + nbytes:,}, past the end of its file ({end:,})"
         )
     return Dataset(name, shape, _TYPES[code], nbytes, offset)
+
+
+def _pieces(facts: dict[str, Any], shape: tuple[int, ...], itemsize: int, path: Path, begin: int, end: int) -> Pieces:
+    """Of a dataset that is held in pieces. Raises ModelFileError for what is not read in them."""
+    told, filters = f"{path}: dataset {facts['name']!r}", tuple(facts["filters"])
+    anew = "rewrite the file with h5repack -l CONTI -f NONE"
+    if len(shape) > 2 or set(filters) - {DEFLATE, SHUFFLE}:
+        raise ModelFileError(f"{told} is held in pieces by a filter that is not known here; {anew}")
+    (rows, columns), cut = (1, *shape)[-2:], (1, *facts["piece_shape"])[-2:]
+    pieces = Pieces(
+        shape=(rows, columns), piece_shape=(cut[0], cut[1]), itemsize=itemsize, filters=filters,
+        places=tuple((begin + first, nbytes, left_out) for first, nbytes, left_out in facts["places"]),
+    )  # fmt: skip
+    if cut[0] * cut[1] * itemsize > MAX_PIECE_BYTES:
+        raise ModelFileError(f"{told} is held in pieces of more than {MAX_PIECE_BYTES:,} bytes; {anew}")
+    if len(pieces.places) != pieces.across * -(-rows // cut[0]):
+        raise ModelFileError(f"{told} lacks pieces: {len(pieces.places)} are there; save the model anew with Keras")
+    if any(
+        not (begin <= first <= end - nbytes and nbytes <= 2 * MAX_PIECE_BYTES) for first, nbytes, _ in pieces.places
+    ):
+        raise ModelFileError(f"{told} has a piece past the file's end ({end:,}), or of too many bytes")
+    return pieces

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import h5py
 
 MAX_DATASETS = 2**17
-MAX_CHUNKS = 2**20
+MAX_CHUNKS = 2**17
 _MEMORY_BYTES = 2**30
 _PROCESSOR_S = 60
 
@@ -58,12 +58,27 @@ def listing(path: Path, begin: int) -> dict[str, Any]:
 
 
 def _described(name: str, node: Any) -> dict[str, Any]:
-    layout = node.id.get_create_plist().get_layout()
-    return {
+    settings = node.id.get_create_plist()
+    layout = settings.get_layout()
+    facts = {
         "name": name, "shape": list(node.shape or ()), "dtype": node.dtype.str, "kind": node.dtype.kind,
         "offset": node.id.get_offset(), "empty": node.shape is None,
         "elsewhere": bool(node.external) or layout == h5py.h5d.VIRTUAL,
     }  # fmt: skip
+    if layout == h5py.h5d.CHUNKED and node.dtype.kind in "fiub":
+        facts["piece_shape"] = list(node.chunks)
+        facts["filters"] = [settings.get_filter(number)[0] for number in range(settings.get_nfilters())]
+        facts["places"] = _places(node)
+    return facts
+
+
+def _places(node: Any) -> list[list[int]]:
+    """Of the pieces in order: first byte, bytes, filters left out. Those that were never written are not there."""
+    count = node.id.get_num_chunks()
+    if count > MAX_CHUNKS:
+        raise ValueError(f"{count:,} pieces are more than the {MAX_CHUNKS:,} that are read")
+    found = sorted((node.id.get_chunk_info(number) for number in range(count)), key=lambda piece: piece.chunk_offset)
+    return [[piece.byte_offset, piece.size, piece.filter_mask] for piece in found]
 
 
 if __name__ == "__main__":

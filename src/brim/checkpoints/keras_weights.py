@@ -6,10 +6,13 @@ Their tensors get the names and shapes that PyTorch has for them; matrices that 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from brim.checkpoints.archive import entries
 from brim.checkpoints.hdf5 import Dataset, datasets
 from brim.checkpoints.keras_names import named
 from brim.checkpoints.keras_paths import variable_of
+from brim.checkpoints.reader import tiles
 from brim.errors import ModelFileError
 from brim.models.directory import StoredTensor, checked_file, keras_file, parse_weight_map, same_bytes, shard_names
 from brim.models.files import read_json_object
@@ -75,14 +78,22 @@ def _distinct(tensors: Iterable[StoredTensor], where: Path) -> tuple[StoredTenso
     by_name: dict[str, StoredTensor] = {}
     for tensor in tensors:
         other = by_name.setdefault(tensor.spec.name, tensor)
-        if other is not tensor and not same_bytes(other, tensor):
+        if other is not tensor and not _are_copies(other, tensor):
             raise ModelFileError(f"{tensor.path}: two different variables are tensor {other.spec.name!r}")
     if not by_name:
         raise ModelFileError(f"{where} holds no weights; copy the model anew")
     return tuple(by_name.values())
 
 
+def _are_copies(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.pieces is None and other.pieces is None:
+        return same_bytes(one, other)
+    if (one.spec.shape, one.spec.dtype) != (other.spec.shape, other.spec.dtype):
+        return False
+    return all(torch.equal(first, second) for first, second in zip(tiles(one), tiles(other), strict=True))
+
+
 def _stored(path: Path, dataset: Dataset, variable: str) -> StoredTensor:
     what = named(variable, dataset.shape, where=path)
     spec = TensorSpec(name=what.name, shape=what.shape, dtype=dataset.dtype, nbytes=dataset.nbytes)
-    return StoredTensor(spec=spec, path=path, offset=dataset.offset, transposed=what.transposed)
+    return StoredTensor(spec=spec, path=path, offset=dataset.offset, transposed=what.transposed, pieces=dataset.pieces)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from brim.checkpoints.pieces import read_pieces
 from brim.errors import ModelFileError
 from brim.models.directory import StoredTensor
 from brim.models.files import unreadable
@@ -56,6 +57,9 @@ def opened(stored: StoredTensor) -> Iterator[int]:
 
 def read_into(descriptor: int, left: memoryview, begin: int, stored: StoredTensor) -> None:
     """Fill the buffer with the tensor's bytes from its byte `begin` on. Raises ModelFileError at the file's end."""
+    if stored.pieces is not None:
+        read_pieces(descriptor, left, begin, stored.pieces, where=f"{stored.path}: tensor {stored.spec.name!r}")
+        return
     offset = stored.offset + begin
     while left:
         try:

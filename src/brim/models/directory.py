@@ -10,6 +10,7 @@ from pathlib import Path
 
 from brim.errors import ModelFileError
 from brim.models.files import read_json_object, unreadable
+from brim.models.pieces import Pieces
 from brim.models.safetensors_header import read_header
 from brim.models.spec import TensorSpec
 
@@ -32,6 +33,8 @@ class StoredTensor:
     """Of its first byte in the file."""
     transposed: bool = False
     """The file holds the transpose of the matrix that `spec` tells of, as TensorFlow's do."""
+    pieces: Pieces | None = None
+    """Where its bytes are, if not one after another from `offset` on."""
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
@@ -93,8 +96,11 @@ def stored_tensors(directory: Path) -> tuple[StoredTensor, ...]:
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors are copies of each other, by 32 samples spread over them; reads 256 KiB at most."""
-    if (one.spec.shape, one.spec.dtype) != (other.spec.shape, other.spec.dtype):
+    """Whether two tensors are copies of each other, by 32 samples spread over them; reads 256 KiB at most.
+
+    Those in pieces are taken for different ones.
+    """
+    if (one.spec.shape, one.spec.dtype) != (other.spec.shape, other.spec.dtype) or one.pieces or other.pieces:
         return False
     step = max(1, one.spec.nbytes // _SAMPLES)
     try:

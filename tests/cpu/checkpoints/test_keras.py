@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,10 @@ def plain(name: str, *, value: float = 1, shape: tuple[int, ...] = (2, 2), dtype
     return lambda file: file.create_dataset(name, data=np.full(shape, value, dtype))
 
 
+def cut(*, shape: tuple[int, ...] = (8, 8), **how: Any) -> Write:
+    return lambda file: file.create_dataset("a/b/kernel:0", data=np.ones(shape, "f4"), **how)
+
+
 def twice(file: Any) -> None:
     plain("a/b/kernel:0")(file)
     plain("c/b/kernel:0", value=2)(file)
@@ -121,7 +126,10 @@ HOSTILE: dict[str, tuple[str, Write]] = {
     "virtual": ("data in other places", virtual),
     "text": ("holds no weights", lambda file: file.create_dataset("a/b/kernel:0", data=["x"])),
     "big-endian": ("holds >f4", plain("a/b/kernel:0", dtype=">f4")),
-    "no bytes": ("in pieces or nowhere", lambda file: file.create_dataset("a/b/kernel:0", (2**40, 2**20), "f4")),
+    "no bytes": ("has no bytes in the file", lambda file: file.create_dataset("a/b/kernel:0", (2**40, 2**20), "f4")),
+    "unknown filter": ("by a filter that is not known", cut(compression="lzf")),
+    "large pieces": ("pieces of more than 4,194,304 bytes", cut(shape=(2048, 1024), chunks=(2048, 1024))),
+    "no pieces": ("lacks pieces: 0", lambda file: file.create_dataset("a/b/kernel:0", (8, 8), "f4", chunks=(2, 2))),
     "convolution": ("kernel of 3 dimensions", plain("a/b/kernel:0", shape=(2, 2, 2))),
     "no group": ("in no layer's group", plain("kernel:0")),
     "two of a name": ("two different variables", twice),
@@ -181,6 +189,34 @@ def test_a_crash_of_the_library_is_a_refusal(bert: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv("PYTHONPATH", f"{bert}:{Path(hdf5.__file__).parents[2]}")
         with pytest.raises(ModelFileError, match=r"tf_model\.h5: the HDF5 library fails on it"):
             keras_tensors(bert)
+
+
+@pytest.mark.parametrize("how", [{}, {"compression": "gzip"}, {"compression": "gzip", "shuffle": True}])
+def test_what_is_held_in_pieces_is_the_same_model(how: Any, bert: Path, tmp_path: Path) -> None:
+    """The same weights cut into pieces that divide no side, compressed or not, give the same output byte by byte."""
+    with h5py.File(DATA / "bert" / "tf_model.h5") as source, h5py.File(bert / "tf_model.h5", "w") as target:
+
+        def copy(name: str, node: Any) -> None:
+            if isinstance(node, h5py.Dataset):
+                target.create_dataset(name, data=node[()], chunks=tuple(min(5, size) for size in node.shape), **how)
+
+        source.visititems(copy)
+    quantize(bert, tmp_path / "output", to="bf16")
+    quantize(DATA / "bert", tmp_path / "expected", to="bf16")
+    made, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("output", "expected"))
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_damaged_piece_is_refused(bert: Path, tmp_path: Path) -> None:
+    """A piece whose bytes were changed, or that unpacks to more than it may, is refused with the tensor's name."""
+    path, ones = bert / "tf_model.h5", np.ones((1000, 1000), "f4")
+    for content in (b"\0" * 40, zlib.compress(bytes(2**23))):
+        with h5py.File(path, "w") as file:
+            data = file.create_dataset("a/b/kernel:0", data=ones, chunks=(1000, 1000), compression="gzip")
+            data.id.write_direct_chunk((0, 0), content)
+        with pytest.raises(ModelFileError, match=r"tensor 'weight': piece 0 does not unpack to its bytes"):
+            quantize(bert, tmp_path / "output", to="bf16")
 
 
 def test_shards_are_held_against_the_index(tmp_path: Path) -> None:
