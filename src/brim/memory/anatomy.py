@@ -110,6 +110,7 @@ class Anatomy:
     dropout: float
     attention_dropout: float
     parallel: bool
+    one_norm: bool
     caps_scores: bool
     caps_logits: bool
     table_ranks: int = 1
@@ -148,7 +149,7 @@ class Anatomy:
 
     def num_norms(self, block: Block) -> int:
         """Norms of the residual stream's width in a block."""
-        if self.family.one_norm:
+        if self.one_norm:
             return 1
         return (len(block.attentions) + 1) * (2 if self.family.post_norms else 1)
 
@@ -180,9 +181,19 @@ def anatomy(spec: ModelSpec) -> Anatomy:
         tied_head=spec.tied_head,
         num_position_rows=0 if family.positions is None else family.positions + _positions(spec),
         num_bias_buckets=spec.first("relative_attention_num_buckets", default=32) if encoder_decoder else 0,
-        dropout=_rate(spec, family.dropout, "resid_pdrop", "dropout_rate", "hidden_dropout", "dropout"),
-        attention_dropout=_rate(spec, family.attention_dropout, "attn_pdrop", "dropout_rate", "attention_dropout"),
+        dropout=_rate(
+            spec, family.dropout, "resid_pdrop", "dropout_rate", "hidden_dropout", "hidden_dropout_prob", "dropout"
+        ),
+        attention_dropout=_rate(
+            spec,
+            family.attention_dropout,
+            "attn_pdrop",
+            "dropout_rate",
+            "attention_dropout",
+            "attention_probs_dropout_prob",
+        ),
         parallel=bool(spec.config.get("use_parallel_residual", family.parallel)),
+        one_norm=family.one_norm and not spec.config.get("new_decoder_architecture"),
         caps_scores=bool(spec.config.get("attn_logit_softcapping", family.softcaps)),
         caps_logits=bool(spec.config.get("final_logit_softcapping", family.softcaps)),
         table_ranks=int(spec.config.get(TABLE_RANKS, 1)),
@@ -195,7 +206,8 @@ def _decoder_only(spec: ModelSpec, family: Family) -> Stack:
     all_bias = family.bias or (bool(spec.config.get("attention_bias")) and not family.qkv_bias)
     into_bias = all_bias or family.qkv_bias or bool(spec.config.get("use_qkv_bias"))
     feed_bias = family.bias or family.feed_bias or bool(spec.config.get("mlp_bias"))
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    num_kv_heads = _key_heads(spec, family)
+    queries, keys = spec.num_heads * spec.head_dim, num_kv_heads * spec.head_dim
     makes = [("qkv_proj", queries + 2 * keys)] if family.fused else [
         ("q_proj", queries), ("k_proj", keys), ("v_proj", keys)
     ]  # fmt: skip
@@ -210,7 +222,7 @@ def _decoder_only(spec: ModelSpec, family: Family) -> Stack:
         ),
         out=Linear(name=names.get("o_proj", "o_proj"), inputs=queries, outputs=hidden, bias=all_bias),
         num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=spec.head_dim,
     )
     feed_forward = (
@@ -244,6 +256,14 @@ def _experts(spec: ModelSpec, family: Family) -> FeedForward:
     )
 
 
+_BERT_NAMES = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "dense",
+    "fc1": "dense",
+    "down_proj": "dense",
+}
 _GPT_NAMES = {
     "gpt2": {"qkv_proj": "c_attn", "o_proj": "c_proj", "fc1": "c_fc", "down_proj": "c_proj"},
     "gpt_neox": {
@@ -258,6 +278,14 @@ _GPT_NAMES = {
         "fc1": "dense_h_to_4h",
         "down_proj": "dense_4h_to_h",
     },
+    "falcon": {
+        "qkv_proj": "query_key_value",
+        "o_proj": "dense",
+        "fc1": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+    },
+    "bert": _BERT_NAMES,
+    "roberta": _BERT_NAMES,
     "opt": {"o_proj": "out_proj", "down_proj": "fc2"},
     "phi": {"o_proj": "dense", "down_proj": "fc2"},
     "gptj": {"o_proj": "out_proj", "fc1": "fc_in", "down_proj": "fc_out"},
@@ -297,6 +325,14 @@ def _t5_stacks(spec: ModelSpec) -> tuple[Stack, ...]:
         Stack(row="source", num_blocks=num_encoder_blocks, block=encoder),
         Stack(row="target", num_blocks=spec.num_layers - num_encoder_blocks, block=decoder),
     )
+
+
+def _key_heads(spec: ModelSpec, family: Family) -> int:
+    """Falcon has one for all, or says how many in a word of its own."""
+    if not family.shares_by_hand:
+        return spec.num_kv_heads
+    several = spec.config.get("new_decoder_architecture") or not spec.config.get("multi_query", True)
+    return spec.first("num_kv_heads", default=spec.num_heads) if several else 1
 
 
 def _activation(spec: ModelSpec, family: Family) -> str:

@@ -38,8 +38,11 @@ class Family:
     """Eager attention multiplies queries and keys in FP32."""
     turns_part: bool = False
     """Rotary positions turn a part of each head, which is put together with the rest anew."""
-    rotary: bool = True
-    """Positions turn queries and keys."""
+    keeps_fused: bool = False
+    """Queries and keys are turned into tensors of their own, values stay a view of what one linear made for all."""
+    shares_by_hand: bool = False
+    """Heads that share keys: `scaled_dot_product_attention` is not told so. One head of keys for all is broadcast,
+    which the mathematical path alone can do; of several, each is copied for its heads."""
     activation: str = "silu"
     dropout: float = 0.0
     """What transformers assumes where the config is silent."""
@@ -62,16 +65,17 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(qk_norm="heads", experts="num_experts"),
     "olmoe": Family(qk_norm="whole", experts="num_experts"),
     "stablelm": Family(norm="layer", turns_part=True),
-    "phi3": Family(fused=True, turns_part=True),
+    "phi3": Family(fused=True, keeps_fused=True, turns_part=True),
     "gemma": Family(norm="rms-gemma", activation="gelu_pytorch_tanh"),
     "gemma2": Family(norm="rms-gemma", post_norms=True, activation="gelu_pytorch_tanh", softcaps=True),
     "gemma3_text": Family(norm="rms-gemma", post_norms=True, qk_norm="heads", activation="gelu_pytorch_tanh"),
     "gpt2": Family(
-        norm="layer", gated=False, fused=True, bias=True, positions=0, rotary=False, activation="gelu_new",
+        norm="layer", gated=False, fused=True, bias=True, positions=0, activation="gelu_new",
         dropout=0.1, attention_dropout=0.1,
     ),
     "gpt_neox": Family(
-        norm="layer", gated=False, fused=True, bias=True, turns_part=True, parallel=True, activation="gelu",
+        norm="layer", gated=False, fused=True, bias=True, keeps_fused=True, turns_part=True, parallel=True,
+        activation="gelu",
     ),
     "gptj": Family(
         norm="layer", gated=False, feed_bias=True, head_bias=True, parallel=True, one_norm=True, wide_scores=True,
@@ -82,7 +86,16 @@ FAMILIES: dict[str, Family] = {
         activation="gelu_new",
     ),
     "bloom": Family(
-        norm="layer", gated=False, fused=True, bias=True, embedding_norm=True, rotary=False, activation="gelu",
+        norm="layer", gated=False, fused=True, bias=True, embedding_norm=True, activation="gelu",
+    ),
+    "falcon": Family(
+        norm="layer", gated=False, fused=True, parallel=True, one_norm=True, shares_by_hand=True, activation="gelu",
+    ),
+    "bert": Family(
+        norm="layer", gated=False, bias=True, positions=0, dropout=0.1, attention_dropout=0.1, activation="gelu",
+    ),
+    "roberta": Family(
+        norm="layer", gated=False, bias=True, positions=0, dropout=0.1, attention_dropout=0.1, activation="gelu",
     ),
     "opt": Family(norm="layer", gated=False, bias=True, positions=2, activation="relu", dropout=0.1),
     "t5": Family(

@@ -138,9 +138,9 @@ def feed_forward_bytes(feed: FeedForward, tokens: int, t: Terms) -> int:
     if t.keeps_input(feed.out) and (copied or not relu_result):
         operands += 1
     kept = operands * wide
-    if not t.parts.family.one_norm:  # else attention has the norm, and keeps its output
+    if not t.parts.one_norm:  # else attention has the norm, and keeps its output
         kept += _norms(count, t) + _normed_input(feed.into, count, t)
-    if t.parts.parallel and not t.parts.family.one_norm:
+    if t.parts.parallel and not t.parts.one_norm:
         kept -= t.weight_bytes * count * t.parts.hidden_size  # the input of attention's norm, kept there
     if t.parts.dropout:
         kept += t.compute_bytes * count * t.parts.hidden_size
@@ -221,13 +221,20 @@ def score_gradient_bytes(attention: Attention, tokens: int, t: Terms) -> int:
         return 2 * FP32 * scores
     if not _takes_scores(attention, t):
         return 0
-    return (2 if t.compute_bytes == FP32 else 1) * FP32 * scores
+    both = t.compute_bytes == FP32 or _broadcasts_keys(attention, t)
+    return (2 if both else 1) * FP32 * scores
 
 
 def _takes_scores(attention: Attention, t: Terms) -> bool:
     """The mathematical path: for dropout, and for a mask that needs a gradient (T5's trained position bias)."""
     biased = t.parts.num_bias_buckets > 0
+    if _broadcasts_keys(attention, t):
+        return True
     return t.parts.attention_dropout > 0 or (biased and t.trains_base and not attention.cross)
+
+
+def _broadcasts_keys(attention: Attention, t: Terms) -> bool:
+    return t.parts.family.shares_by_hand and 1 == attention.num_kv_heads < attention.num_heads
 
 
 def _norms(count: int, t: Terms) -> int:
@@ -267,8 +274,7 @@ def _scores(attention: Attention, tokens: int, keys: int, t: Terms) -> int:
     e, count, scores = t.compute_bytes, t.rows * tokens, t.rows * attention.num_heads * tokens * keys
     queries, width = count * attention.query_width, t.rows * keys * attention.key_width
     dropout = t.parts.attention_dropout > 0
-    # q and k are turned into tensors of their own, and v, a view, keeps what one linear made for all three
-    views = e * (queries + width) if t.parts.family.fused and t.parts.family.rotary else 0
+    views = e * (queries + width) if t.parts.family.keeps_fused else 0
     if t.eager:
         expanded = t.rows * keys * attention.query_width
         probabilities = FP32 if e == FP32 else FP32 + e
@@ -280,8 +286,10 @@ def _scores(attention: Attention, tokens: int, keys: int, t: Terms) -> int:
         expanded = t.rows * keys * attention.query_width
         return e * queries + FP32 * (queries + 2 * expanded) + scores * (3 * FP32 if dropout else FP32) + views
     mask = e * scores if t.parts.num_bias_buckets else 0
+    if t.shares_rows or t.parts.family.shares_by_hand:
+        width = t.rows * keys * attention.query_width
     if t.shares_rows:
-        width, mask = t.rows * keys * attention.query_width, e * t.rows * tokens * keys
+        mask = e * t.rows * tokens * keys
     return e * 2 * (queries + width) + FP32 * count * attention.num_heads + mask + views
 
 

@@ -25,7 +25,7 @@ _PACKED_BITS = {"nf4": 5, "int4": 5, "int8": 9}
 
 def closed_form_knows(spec: ModelSpec, recipe: Recipe) -> bool:
     """Whether `closed_form` and the roofline have rows for this model and head."""
-    return spec.model_type in FAMILIES and recipe.task == spec.task and recipe.task in ("causal-lm", "seq2seq-lm")
+    return spec.model_type in FAMILIES and recipe.task == spec.task != "sequence-classification"
 
 
 def rough(spec: ModelSpec, recipe: Recipe) -> Ledger:
