@@ -3,6 +3,7 @@
 Shapes: R output channels, K inputs, G groups of a row, B elements that share a scale.
 """
 
+import math
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -145,11 +146,14 @@ def storable_scale(scale: Tensor, *, largest_code: float, dtype: torch.dtype) ->
 
 @cache
 def _largest_scale(largest_code: float, dtype: torch.dtype) -> float:
-    """The largest scale of this dtype whose last code is still finite in it: readers decode in the scale's dtype."""
-    largest = torch.finfo(dtype).max
-    nearest = torch.tensor(largest / largest_code, dtype=dtype)
-    below = torch.nextafter(nearest, torch.zeros_like(nearest))
-    return float(nearest if float(nearest) * largest_code <= largest else below)
+    """The largest scale of this dtype whose last code is still finite in it: readers decode in the scale's dtype.
+
+    Without a tensor: a rehearsal would see one in its first model and, as the answer is kept, in no other.
+    """
+    finest = torch.finfo(dtype)
+    fraction, exponent = math.frexp(finest.max / largest_code)
+    step = finest.eps / 2
+    return math.ldexp(math.floor(fraction / step) * step, exponent)
 
 
 def _as_blocks(weight_RK: Tensor, granularity: Granularity) -> Tensor:

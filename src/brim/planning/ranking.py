@@ -13,6 +13,8 @@ Goal = Literal["fastest", "lightest", "cheapest"]
 
 _NEARLY = 0.95
 """Recipes within 5 % of a group's best count as equally good: the roofline cannot tell them apart."""
+_USUAL_ERROR = 0.01
+"""Of the closed form; `closed_form.ERROR_BAND` is what it may be."""
 _OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion")
 """Whole states, then rounded ones, then other ways of learning."""
 _PACKED = {"int8": 1, "nf4": 1, "int4": 2}
@@ -78,6 +80,11 @@ class Candidate(NamedTuple):
     @property
     def fits(self) -> bool:
         return self.peak_bytes * (1 + self.kind.band[1]) <= self.kind.offer.budget_bytes
+
+    @property
+    def probably_fits(self) -> bool:
+        """Whether a rehearsal that finds what the closed form says is within the budget with its upper bound."""
+        return self.peak_bytes * (1 - _USUAL_ERROR) * (1 + self.kind.published[1]) <= self.kind.offer.budget_bytes
 
     @property
     def may_fit(self) -> bool:

@@ -25,6 +25,7 @@ Rehearse = Callable[[Recipe, Offer], Prediction]
 """The exact predictor: a recipe's peak, nearly to the byte, in seconds."""
 
 NUM_FINALISTS = 3
+"""Rehearsed; more where none of them fits."""
 MAX_REHEARSALS = 12
 _LISTED = 50
 """Recipes that fit, and that do not, of which a plan holds whole predictions."""
@@ -114,9 +115,11 @@ class _Trial:
     """Place -> rehearsed."""
 
     def run(self, ranked: Sequence[Candidate], goal: Goal) -> None:
-        """Rehearse in ranked order until enough fit or the limit is reached."""
+        """Rehearse in ranked order, what will fit if the closed form is right before the rest, until it is enough."""
         later: list[Candidate] = []
-        for candidate in ranked if goal == "lightest" else _in_variety(ranked):
+        probable = [candidate for candidate in ranked if candidate.probably_fits]
+        rest = (candidate for candidate in ranked if not candidate.probably_fits)
+        for candidate in ranked if goal == "lightest" else (*_in_variety(probable), *_in_variety(rest)):
             if self._is_done(candidate, goal):
                 return
             if goal != "lightest" and self._same_kind_fits(candidate):
@@ -138,7 +141,7 @@ class _Trial:
             if exact.fits:
                 found = candidate._replace(peak_bytes=exact.peak.highest_bytes, tokens_per_s=exact.tokens_per_s)
                 self.fitting.append(found)
-                self.progress(min(len(self.fitting), NUM_FINALISTS), NUM_FINALISTS)
+            self.progress(min(len(self._exact), NUM_FINALISTS - (not self.fitting)), NUM_FINALISTS)
         return self._of(candidate)
 
     def listed(
@@ -177,10 +180,11 @@ class _Trial:
     def _is_done(self, upcoming: Candidate, goal: Goal) -> bool:
         if len(self._exact) >= MAX_REHEARSALS:
             return True
-        if len(self.fitting) < NUM_FINALISTS:
-            return False
+        if goal != "lightest":
+            return bool(self.fitting) and len(self._exact) >= NUM_FINALISTS
         # The lightest is proven only when no other can turn out lighter.
-        return goal != "lightest" or upcoming.lower_bytes > min(c.peak_bytes for c in self.fitting)
+        lightest = min((c.peak_bytes for c in self.fitting), default=0)
+        return len(self.fitting) >= NUM_FINALISTS and upcoming.lower_bytes > lightest
 
     def _same_kind_fits(self, candidate: Candidate) -> bool:
         """One finalist of each device, method and precision first, so that they are worth comparing."""
