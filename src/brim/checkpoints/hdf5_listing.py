@@ -12,8 +12,10 @@ from typing import Any, BinaryIO
 
 import h5py
 
-MAX_DATASETS = 2**17
-MAX_CHUNKS = 2**17
+MAX_DATASETS = 2**15
+MAX_NAME_CHARACTERS = 1024
+MAX_PIECES = 2**17
+"""Of all datasets together. Far above any model's; with them the listing stays within some tens of megabytes."""
 _MEMORY_BYTES = 2**30
 _PROCESSOR_S = 60
 
@@ -44,16 +46,26 @@ class _Part:
 def listing(path: Path, begin: int) -> dict[str, Any]:
     """`datasets`: path, shape, dtype and place of each; `refused`: why the file is not one that Keras writes."""
     found: list[dict[str, Any]] = []
+    pieces_left = MAX_PIECES
     with path.open("rb", buffering=0) as raw, h5py.File(_Part(raw, begin) if begin else path, "r") as file:
 
         def visit(name: str, node: Any) -> str | None:
-            if isinstance(node, h5py.Dataset):
-                found.append(_described(name, node))
-            return "too many" if len(found) > MAX_DATASETS else None
+            nonlocal pieces_left
+            if len(name) > MAX_NAME_CHARACTERS:
+                return f"a name of {len(name):,} characters, more than {MAX_NAME_CHARACTERS:,}"
+            if not isinstance(node, h5py.Dataset):
+                return None
+            if len(found) == MAX_DATASETS:
+                return f"more than {MAX_DATASETS:,} datasets"
+            if (pieces := _count_pieces(node)) > pieces_left:
+                return f"more than {MAX_PIECES:,} pieces"
+            pieces_left -= pieces
+            found.append(_described(name, node))
+            return None
 
         # Links to other places and files are not followed by visititems; each dataset comes once.
-        if file.visititems(visit) is not None:
-            return {"refused": f"it has more than {MAX_DATASETS:,} datasets"}
+        if refused := file.visititems(visit):
+            return {"refused": f"it has {refused}"}
     return {"datasets": found}
 
 
@@ -72,12 +84,15 @@ def _described(name: str, node: Any) -> dict[str, Any]:
     return facts
 
 
+def _count_pieces(node: Any) -> int:
+    in_pieces = node.id.get_create_plist().get_layout() == h5py.h5d.CHUNKED
+    return int(node.id.get_num_chunks()) if in_pieces else 0
+
+
 def _places(node: Any) -> list[list[int]]:
     """Of the pieces in order: first byte, bytes, filters left out. Those that were never written are not there."""
-    count = node.id.get_num_chunks()
-    if count > MAX_CHUNKS:
-        raise ValueError(f"{count:,} pieces are more than the {MAX_CHUNKS:,} that are read")
-    found = sorted((node.id.get_chunk_info(number) for number in range(count)), key=lambda piece: piece.chunk_offset)
+    pieces = (node.id.get_chunk_info(number) for number in range(_count_pieces(node)))
+    found = sorted(pieces, key=lambda piece: piece.chunk_offset)
     return [[piece.byte_offset, piece.size, piece.filter_mask] for piece in found]
 
 

@@ -127,6 +127,7 @@ HOSTILE: dict[str, tuple[str, Write]] = {
     "text": ("holds no weights", lambda file: file.create_dataset("a/b/kernel:0", data=["x"])),
     "big-endian": ("holds >f4", plain("a/b/kernel:0", dtype=">f4")),
     "no bytes": ("has no bytes in the file", lambda file: file.create_dataset("a/b/kernel:0", (2**40, 2**20), "f4")),
+    "a long name": ("a name of 2,000 characters", plain("a/b/" + "x" * 1996)),
     "unknown filter": ("by a filter that is not known", cut(compression="lzf")),
     "large pieces": ("pieces of more than 4,194,304 bytes", cut(shape=(2048, 1024), chunks=(2048, 1024))),
     "no pieces": ("lacks pieces: 0", lambda file: file.create_dataset("a/b/kernel:0", (8, 8), "f4", chunks=(2, 2))),
@@ -191,9 +192,9 @@ def test_a_crash_of_the_library_is_a_refusal(bert: Path, monkeypatch: pytest.Mon
             keras_tensors(bert)
 
 
-@pytest.mark.parametrize("how", [{}, {"compression": "gzip"}, {"compression": "gzip", "shuffle": True}])
+@pytest.mark.parametrize("how", [{}, {"compression": "gzip", "shuffle": True}])
 def test_what_is_held_in_pieces_is_the_same_model(how: Any, bert: Path, tmp_path: Path) -> None:
-    """The same weights cut into pieces that divide no side, compressed or not, give the same output byte by byte."""
+    """The same weights cut into pieces that divide no side, compressed or not, come out bit by bit."""
     with h5py.File(DATA / "bert" / "tf_model.h5") as source, h5py.File(bert / "tf_model.h5", "w") as target:
 
         def copy(name: str, node: Any) -> None:
@@ -201,11 +202,10 @@ def test_what_is_held_in_pieces_is_the_same_model(how: Any, bert: Path, tmp_path
                 target.create_dataset(name, data=node[()], chunks=tuple(min(5, size) for size in node.shape), **how)
 
         source.visititems(copy)
-    quantize(bert, tmp_path / "output", to="bf16")
-    quantize(DATA / "bert", tmp_path / "expected", to="bf16")
-    made, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("output", "expected"))
-    assert made.keys() == expected.keys()
-    assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+    quantize(bert, tmp_path / "output", to="fp32")
+    made, given = load_file(tmp_path / "output" / "model.safetensors"), load_file(DATA / "bert" / "pytorch.safetensors")
+    assert made.keys() == given.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in given.items())
 
 
 def test_a_damaged_piece_is_refused(bert: Path, tmp_path: Path) -> None:
