@@ -45,6 +45,12 @@ _FALCON = {
     "model_type": "falcon", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2000,
     "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True, "bias": False, "alibi": False,
 }  # fmt: skip
+_BART = {
+    "model_type": "bart", "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 344, "decoder_ffn_dim": 344, "vocab_size": 2000,
+    "max_position_embeddings": 512, "is_encoder_decoder": True, "pad_token_id": 1, "bos_token_id": 0,
+    "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+}  # fmt: skip
 _BERT = {**_LLAMA, "model_type": "bert", "num_key_value_heads": 4, "hidden_act": "gelu"}
 _MAMBA = {
     "model_type": "mamba", "hidden_size": 128, "intermediate_size": 256, "state_size": 16, "time_step_rank": 8,
@@ -111,8 +117,10 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "grad_accumulation": 2,
     },
 }
+_COUNTED_ELSEWHERE = {"bert": _BERT, "bart": _BART}
+"""Their token types, norms of embeddings and head's transform are no part that the anatomy has."""
 _FEW = ("full mixed", "lora bf16, chunked")
-_ALIKE = ("gemma2", "phi3", "olmo2", "stablelm", "phi", "gptj", "bloom", "qwen3_moe", "falcon", "bert")
+_ALIKE = ("gemma2", "phi3", "olmo2", "stablelm", "phi", "gptj", "bloom", "qwen3_moe", "falcon", "bert", "bart")
 """They share most rules with families that are held with all recipes; a few show theirs."""
 
 pytestmark = [
@@ -124,7 +132,7 @@ pytestmark = [
 
 
 def spec_of(name: str) -> ModelSpec:
-    config = _BERT if name == "bert" else _FAMILIES[name]  # whose token types and head's transform count nowhere
+    config = (_FAMILIES | _COUNTED_ELSEWHERE)[name]
     tied = bool(config.get("tie_word_embeddings", True))
     facts = {**config, "tie_word_embeddings": tied}
     spec = ModelSpec(name=name, kind="directory", config=facts, num_parameters=1, tied_head=tied)
@@ -140,7 +148,7 @@ def test_parts_add_up_to_the_built_model(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == spec.num_parameters
 
 
-@pytest.mark.parametrize("name", [*_FAMILIES, "bert"])
+@pytest.mark.parametrize("name", [*_FAMILIES, *_COUNTED_ELSEWHERE])
 def test_the_closed_form_is_within_its_band(name: str) -> None:
     """Each recipe's measured peak lies within the closed form's band, and the median error is under 3.5 %."""
     spec, errors = spec_of(name), {}

@@ -177,10 +177,10 @@ def anatomy(spec: ModelSpec) -> Anatomy:
         family=family,
         hidden_size=spec.hidden_size,
         vocab_size=spec.vocab_size,
-        stacks=_t5_stacks(spec) if encoder_decoder else (_decoder_only(spec, family),),
+        stacks=_two_stacks(spec, family) if encoder_decoder else (_decoder_only(spec, family),),
         tied_head=spec.tied_head,
         num_position_rows=0 if family.positions is None else family.positions + _positions(spec),
-        num_bias_buckets=spec.first("relative_attention_num_buckets", default=32) if encoder_decoder else 0,
+        num_bias_buckets=spec.first("relative_attention_num_buckets", default=32) if family.norm == "rms-t5" else 0,
         dropout=_rate(
             spec, family.dropout, "resid_pdrop", "dropout_rate", "hidden_dropout", "hidden_dropout_prob", "dropout"
         ),
@@ -256,6 +256,9 @@ def _experts(spec: ModelSpec, family: Family) -> FeedForward:
     )
 
 
+_SEQ2SEQ_NAMES = {
+    "bart": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "wi": "fc1", "wo": "fc2"},
+}
 _BERT_NAMES = {
     "q_proj": "query",
     "k_proj": "key",
@@ -292,18 +295,22 @@ _GPT_NAMES = {
 }
 
 
-def _t5_stacks(spec: ModelSpec) -> tuple[Stack, ...]:
+def _two_stacks(spec: ModelSpec, family: Family) -> tuple[Stack, ...]:
+    names, bias = _SEQ2SEQ_NAMES.get(spec.model_type, {}), family.bias
     hidden, width = spec.hidden_size, spec.intermediate_size
     inner = spec.num_heads * spec.head_dim
-    style = str(spec.config.get("feed_forward_proj", "gated-gelu" if spec.model_type == "mt5" else "relu"))
+    usual = "gated-gelu" if spec.model_type == "mt5" else _activation(spec, family)
+    style = str(spec.config.get("feed_forward_proj", usual))
     gated = style.startswith("gated-")
     # transformers maps "gated-gelu" to gelu_new (T5Config.__post_init__)
     activation = "gelu_new" if style == "gated-gelu" else style.removeprefix("gated-")
 
     def attention(*, cross: bool) -> Attention:
         return Attention(
-            into=tuple(Linear(name=name, inputs=hidden, outputs=inner) for name in ("q", "k", "v")),
-            out=Linear(name="o", inputs=inner, outputs=hidden),
+            into=tuple(
+                Linear(name=names.get(name, name), inputs=hidden, outputs=inner, bias=bias) for name in ("q", "k", "v")
+            ),
+            out=Linear(name=names.get("o", "o"), inputs=inner, outputs=hidden, bias=bias),
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_heads,
             head_dim=spec.head_dim,
@@ -312,13 +319,14 @@ def _t5_stacks(spec: ModelSpec) -> tuple[Stack, ...]:
 
     feed_forward = FeedForward(
         into=tuple(
-            Linear(name=name, inputs=hidden, outputs=width) for name in (("wi_0", "wi_1") if gated else ("wi",))
+            Linear(name=names.get(name, name), inputs=hidden, outputs=width, bias=bias)
+            for name in (("wi_0", "wi_1") if gated else ("wi",))
         ),
-        out=Linear(name="wo", inputs=width, outputs=hidden),
+        out=Linear(name=names.get("wo", "wo"), inputs=width, outputs=hidden, bias=bias),
         gated=gated,
         activation=activation,
     )
-    num_encoder_blocks = spec.first("num_layers")
+    num_encoder_blocks = spec.first("encoder_layers", "num_layers")
     encoder = Block(attentions=(attention(cross=False),), feed_forward=feed_forward)
     decoder = Block(attentions=(attention(cross=False), attention(cross=True)), feed_forward=feed_forward)
     return (

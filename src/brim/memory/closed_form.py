@@ -36,7 +36,8 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Ledger:
 def moments(spec: ModelSpec, recipe: Recipe) -> dict[str, Ledger]:
     """Name -> ledger of each moment that can be the peak."""
     step = step_of(spec, recipe)
-    return {name: step.ledger(moment) for name, moment in [*step.flowing().items(), ("step", step.at_optimizer())]}
+    found = {name: step.ledger(moment) for name, moment in [*step.flowing().items(), ("step", step.at_optimizer())]}
+    return found if step.terms.packed else {"building": step.at_building(), **found}
 
 
 def tokens_of_chunk(vocab_size: int) -> int:
@@ -156,6 +157,15 @@ class Step:
             workspace += FP32 * self.largest_trained
         gradients = (self.trainable + self.undivided) * self.terms.weight_bytes + self.scale_bytes
         return Moment(gradients=gradients, workspace=workspace)
+
+    def at_building(self) -> Ledger:
+        """The model alone, as transformers makes it: each stack and the head with a table of their own, of which those
+        that are tied go afterwards. (A packed base is made without data.)"""
+        parts = self.terms.parts
+        made = 2 if len(parts.stacks) == 1 else 2 + len(parts.stacks)  # one that both stacks share comes first
+        more = made - (1 if parts.tied_head else 2)
+        tables = more * parts.embedding_parameters
+        return Ledger(weights=self.terms.weight_bytes * (self.spec.num_parameters + tables))
 
     def ledger(self, moment: Moment) -> Ledger:
         """A moment, and what lives from step to step."""

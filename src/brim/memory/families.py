@@ -98,6 +98,7 @@ FAMILIES: dict[str, Family] = {
         norm="layer", gated=False, bias=True, positions=0, dropout=0.1, attention_dropout=0.1, activation="gelu",
     ),
     "opt": Family(norm="layer", gated=False, bias=True, positions=2, activation="relu", dropout=0.1),
+    "bart": Family(norm="layer", gated=False, bias=True, positions=2, activation="gelu", dropout=0.1),
     "t5": Family(
         norm="rms-t5", gated=False, activation="relu", dropout=0.1, attention_dropout=0.1, unpacked=("wo",),
     ),

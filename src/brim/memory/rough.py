@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from brim.memory import scan
 from brim.memory.families import FAMILIES
+from brim.memory.mixture import Mixture, mixture
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
@@ -53,7 +54,11 @@ def trained_parameters(spec: ModelSpec, recipe: Recipe) -> int:
     """All of them, or an adapter on each linear of a usual block."""
     if recipe.trains_weights:
         return spec.num_parameters
-    return recipe.lora.rank * spec.num_layers * (8 * spec.hidden_size + 3 * (spec.hidden_size + _feed_width(spec)))
+    usual = recipe.lora.rank * spec.num_layers * (8 * spec.hidden_size + 3 * (spec.hidden_size + _feed_width(spec)))
+    experts = mixture(spec)
+    if experts is None or recipe.precision.packed or recipe.lora.targets != ("all-linear",):
+        return usual
+    return usual + experts.num_blocks * experts.adapter_parameters(recipe.lora.rank)
 
 
 def block_bytes(spec: ModelSpec, recipe: Recipe) -> int:
@@ -104,8 +109,22 @@ class _Parts:
     def weights(self) -> int:
         adapters = 0 if self.recipe.trains_weights else trained_parameters(self.spec, self.recipe)
         packed = max(0, self.spec.num_parameters - self.tables) if self.recipe.precision.packed else 0
+        if packed and self.mixture is not None and self.mixture.has_own_layout:
+            packed -= self.mixture.num_blocks * self.mixture.num_weights
         held = packed * _PACKED_BITS.get(self.recipe.precision.weights, 0) // 8
         return self.weight_bytes * (self.spec.num_parameters - packed + adapters) + held
+
+    @property
+    def mixture(self) -> Mixture | None:
+        return mixture(self.spec)
+
+    @property
+    def merged(self) -> int:
+        """Bytes of one block's experts with their adapters added."""
+        experts = self.mixture
+        if experts is None or self.recipe.lora.targets != ("all-linear",):
+            return 0
+        return self.weight_bytes * experts.merged_weights(self.recipe)
 
     @property
     def tables(self) -> int:
@@ -141,12 +160,12 @@ class _Parts:
         linear = self._compute_bytes * self._tokens * (12 * spec.hidden_size + 4 * _feed_width(spec))
         length = max(recipe.seq_len, recipe.target_len if recipe.task == "seq2seq-lm" else 0)
         scores = (4 + 2 * self._compute_bytes) * recipe.micro_batch_size * spec.num_heads * length**2
-        return linear + (scores if recipe.memory.attention == "eager" else 0)
+        return linear + (scores if recipe.memory.attention == "eager" else 0) + self.merged
 
     @property
     def passing(self) -> int:
         """Bytes beside it in its backward, where they are many."""
-        return scan.passing_bytes(self.spec, self._tokens) if scan.scans(self.spec) else 0
+        return scan.passing_bytes(self.spec, self._tokens) if scan.scans(self.spec) else self.merged // 3
 
     @property
     def boundary(self) -> int:
