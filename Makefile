@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Twice quiet: warnings about an index that lacks one package and has the next are noise; errors still show.
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check kills bench qat exactness accuracy closed-form plan-grid quantize-accuracy fuzz pins clean
+.PHONY: demo test check kills bench budgets qat exactness accuracy closed-form plan-grid quantize-accuracy fuzz pins clean
 
 demo: $(READY)
 	$(VENV)/bin/brim demo
@@ -38,6 +38,10 @@ $(FUZZ)/.ready: requirements-fuzz.txt $(READY)
 
 bench: $(READY)
 	@for script in benchmarks/*_speed.py; do $(PY) $$script || exit 1; done
+
+# Plans at 50 random budgets, run for real; about a quarter of an hour, kept recipe by recipe; writes docs/budgets.md.
+budgets: $(READY)
+	$(PY) -W ignore benchmarks/budgets.py --docs
 
 # What learned scales win back, against rounding afterwards; an hour or two, kept cell by cell; writes docs/qat.md.
 qat: $(READY)

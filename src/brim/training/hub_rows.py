@@ -32,7 +32,7 @@ def parquet_values(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches():
                 for value in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", value
+                    yield f"{path}, row {number}", _present(value)
     except FileNotFoundError:
         raise DataError(f"data {path} does not exist") from None
     except (OSError, arrow.ArrowException) as error:
@@ -54,7 +54,12 @@ def hub_values(source: str) -> Iterator[tuple[str, Any]]:
             f"be read: {_first_line(error)}"
         ) from None
     for number, value in enumerate(found, 1):
-        yield f"{name}:{split}, row {number}", value
+        yield f"{name}:{split}, row {number}", _present(value)
+
+
+def _present(value: dict[str, Any]) -> dict[str, Any]:
+    """Without the columns that other rows have and this one does not: a table writes null there."""
+    return {key: part for key, part in value.items() if part is not None}
 
 
 def _optional(module: str, wanted: object) -> Any:
