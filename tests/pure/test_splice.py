@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from brim.memory.splice import continued, ordered
@@ -50,6 +50,8 @@ def run(program: list[tuple[str, int, str]], num_blocks: int) -> Trace:
 
 
 @given(PASSES, st.integers(1, 3), st.integers(4, 12))
+@example([("forward", 4, "activations"), ("forward", 4, "gradients"), ("list", 4, "gradients")], 1, 4)
+@example([("list", 64, "gradients"), ("forward", 64, "gradients")], 1, 4)
 @settings(deadline=None, max_examples=150)
 def test_what_is_continued_is_the_longer_run(program: list[tuple[str, int, str]], shortest: int, longest: int) -> None:
     """Whatever the loops, three short runs continued are the long run, event by event, or there is no answer."""

@@ -15,10 +15,10 @@ straight line, and the rule of a free must be the same wherever its event is in 
 the caller rehearses the whole.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise, repeat
 from operator import itemgetter
 
 from brim.memory.trace import Block, Trace
@@ -68,9 +68,22 @@ def continued(traces: tuple[Trace, Trace, Trace], *, times: int) -> Trace | None
             return None
         rules = {step: rule for step, rule in found.items() if rule is not None}
         if len(rules) == len(found):
+            if _may_be_two_loops(pattern, stretches, rules):
+                return None
             return _repeated(pattern, rules, stretches, list(_moments(traces[1], stretches, times)), times)
         stretches = _cut_earlier(tokens, stretches, found.keys() - rules.keys())
     return None
+
+
+def _may_be_two_loops(
+    pattern: Sequence[tuple[bool, _Kind]], stretches: Sequence[_Stretch], rules: Mapping[int, _Rule]
+) -> bool:
+    """Whether frees whose rank falls from round to round end blocks that other repeated frees end, too: three traces
+    do not tell such from loops that follow each other over blocks that are alike."""
+    steps = chain.from_iterable(repeat(stretch.repeats, stretch.length) for stretch in stretches)
+    repeated = [step for step, repeats in enumerate(steps) if repeats and step in rules]
+    freed = Counter(pattern[step][1] for step in repeated)
+    return any(rules[step][1] < 0 and freed[pattern[step][1]] > 1 for step in repeated)
 
 
 def _repeated(
