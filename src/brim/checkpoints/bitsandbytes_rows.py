@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from brim.checkpoints.conversion import Conversion, Encoded, keep
-from brim.checkpoints.integer_rows import encode_rows
+from brim.checkpoints.integer_rows import BLOCKS_AT_ONCE, encode_rows
 from brim.checkpoints.layouts import bitsandbytes
 from brim.checkpoints.linears import find_linears
 from brim.checkpoints.scratch import Scratch
@@ -99,5 +99,6 @@ def _to_int8(tensor: StoredTensor, *, transposed: bool) -> Conversion:
         row_elements=weight.shape[1],
         row_bytes=(weight.shape[1], TORCH_DTYPES["fp32"].itemsize),
         constants=bitsandbytes.int8_constants(weight),
+        blocks_at_once=BLOCKS_AT_ONCE,
         by_column=transposed,
     )

@@ -14,7 +14,8 @@ from brim.checkpoints.conversion import Conversion, Encoded, Integers, keep
 from brim.checkpoints.experts import find_weights
 from brim.checkpoints.float_rows import WORK_BYTES as FLOAT_WORK_BYTES
 from brim.checkpoints.float_rows import encode_float_rows, encode_float_shared
-from brim.checkpoints.integer_rows import encode_rows
+from brim.checkpoints.integer_rows import BLOCKS_AT_ONCE, encode_rows
+from brim.checkpoints.integer_rows import WORK_BYTES as ROW_WORK_BYTES
 from brim.checkpoints.layouts import float_quantized, int_quantized, mxfp4_packed, pack_quantized
 from brim.checkpoints.mixture import KEPT, Mixture
 from brim.checkpoints.mx_rows import WORK_BYTES as MX_WORK_BYTES
@@ -145,7 +146,8 @@ def _to_int8(tensor: StoredTensor, *, to: str, granularity: Granularity, scales:
         encode=partial(encode_rows, scale_dtype=scale_dtype) if scales == "absmax" else searched,
         row_elements=inputs,
         row_bytes=(inputs, scale_dtype.itemsize),
-        work_bytes=16 if scales == "absmax" else SEARCH_WORK_BYTES,
+        work_bytes=ROW_WORK_BYTES if scales == "absmax" else SEARCH_WORK_BYTES,
+        blocks_at_once=BLOCKS_AT_ONCE if scales == "absmax" else 1,
         integers=Integers(to, granularity, scale_dtype, unpacked),
     )
 
@@ -202,6 +204,7 @@ def _to_packed(tensor: StoredTensor, *, to: str, granularity: Granularity, scale
         row_elements=tensor.spec.shape[1],
         row_bytes=(words.nbytes // words.shape[0], scale.nbytes // scale.shape[0]),
         work_bytes=WORK_BYTES if scales == "absmax" else SEARCH_WORK_BYTES,
+        blocks_at_once=BLOCKS_AT_ONCE if scales == "absmax" else 1,
         constants=(shape,),
         format=to,
         integers=Integers(to, granularity, scale_dtype, finish),

@@ -65,6 +65,8 @@ class Conversion:
     """Rows whose outputs share bytes: zero points are packed down the rows. The last may be fewer."""
     work_bytes: int = 16
     """Memory that `encode` takes, for each element, beside the block itself."""
+    blocks_at_once: int = 1
+    """How many blocks `encode` wants together, if nothing else that reads the tensor wants fewer."""
     constants: tuple[tuple[TensorSpec, bytes], ...] = ()
     """Further outputs, known beforehand: a table, a shape."""
     by_column: bool = False
@@ -93,7 +95,8 @@ class Conversion:
         return self.encode(rows, scratch) if self.encode_placed is None else self.encode_placed(rows, first, scratch)
 
     def decided(self, encode_placed: EncodePlaced) -> "Conversion":
-        return replace(self, encode_placed=encode_placed, work_bytes=max(self.work_bytes, _DECIDED_WORK_BYTES))
+        work_bytes = max(self.work_bytes, _DECIDED_WORK_BYTES)
+        return replace(self, encode_placed=encode_placed, work_bytes=work_bytes, blocks_at_once=1)
 
 
 def keep(tensor: StoredTensor) -> Conversion:

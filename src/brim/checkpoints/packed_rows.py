@@ -10,8 +10,8 @@ from brim.checkpoints.scratch import Scratch
 from brim.numerics.formats import FORMATS
 from brim.numerics.granularity import Granularity
 
-WORK_BYTES = 48
-"""For each element: quotient, codes, decoded and error in FP32, and up to eight bytes for its bits."""
+WORK_BYTES = 24
+"""For each element: its code, thrice, and up to eight bytes for its bits, twice."""
 
 
 def encode_packed(

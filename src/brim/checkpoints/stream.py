@@ -71,7 +71,13 @@ class Reading(NamedTuple):
 
     @property
     def block_elements(self) -> int:
-        return max(1, BLOCK_ELEMENTS // self.row_elements) * self.row_elements
+        at_once = BLOCK_ELEMENTS * min(conversion.blocks_at_once for conversion in self.conversions)
+        return max(1, at_once // self.row_elements) * self.row_elements
+
+    @property
+    def chunk_elements(self) -> int:
+        """Whole blocks."""
+        return max(1, CHUNK_BLOCKS * BLOCK_ELEMENTS // self.block_elements) * self.block_elements
 
 
 def readings_of(jobs: Sequence[Sequence[Conversion]]) -> tuple[Reading, ...]:
@@ -111,7 +117,7 @@ def chunks_of(readings: Iterable[Reading]) -> tuple[Chunk, ...]:
     return tuple(
         Chunk(reading, first, min(size, _numel(reading.source) - first))
         for reading in readings
-        for size in (CHUNK_BLOCKS * reading.block_elements,)
+        for size in (reading.chunk_elements,)
         for first in range(0, _numel(reading.source), size)
     )
 

@@ -8,7 +8,7 @@ from brim.checkpoints.compressed_rows import Planned
 from brim.checkpoints.conversion import Conversion, keep
 from brim.checkpoints.float_rows import WORK_BYTES as FLOAT_WORK_BYTES
 from brim.checkpoints.float_rows import encode_float_rows
-from brim.checkpoints.integer_rows import encode_rows
+from brim.checkpoints.integer_rows import BLOCKS_AT_ONCE, WORK_BYTES, encode_rows
 from brim.checkpoints.layouts import torchao
 from brim.checkpoints.linears import find_linears, float_matrices
 from brim.models.directory import StoredTensor
@@ -38,6 +38,7 @@ def _converted(tensor: StoredTensor, format: str) -> Conversion:
         encode=by_row if integers else partial(encode_float_rows, format=format, scale_dtype=scale_dtype),
         row_elements=tensor.spec.shape[1],
         row_bytes=(tensor.spec.shape[1], scale_dtype.itemsize),
-        work_bytes=16 if integers else FLOAT_WORK_BYTES,
+        work_bytes=WORK_BYTES if integers else FLOAT_WORK_BYTES,
+        blocks_at_once=BLOCKS_AT_ONCE if integers else 1,
         constants=(torchao.zero_points(tensor.spec),) if integers else (),
     )
