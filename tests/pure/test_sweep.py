@@ -15,6 +15,7 @@ CASES = {
     "two nodes, accumulating": (
         "llama-3.1-8b", "h100", Constraints(devices_per_node=4, nodes=2, global_batch_size=64),
     ),
+    "devices with hosts": ("llama-3.1-8b", "h100", Constraints(devices_per_node=2, may_offload=True, method="full")),
     "shared matrices": ("llama-3.1-8b", "h100", Constraints(devices_per_node=4, settings=("parallel.tensor=2",))),
     "a family without a closed form": ("bert-base-uncased", "a100", Constraints()),
 }  # fmt: skip

@@ -117,12 +117,23 @@ def base_recipe(spec: ModelSpec, constraints: Constraints) -> Recipe:
     for method, precision in product(methods, reversed(_precisions(constraints))):
         # A pinned format may contradict one row and go with another.
         row = [f"method={method}", *(f"{key}={value}" for key, value in precision.items())]
+        if not _runs(recipe, row):
+            continue
         try:
             return recipe.with_settings([*row, *_spread(constraints), *constraints.settings])
         except RecipeError as error:
             refusal = refusal or error
     assert refusal is not None
     raise refusal
+
+
+def _runs(recipe: Recipe, row: list[str]) -> bool:
+    """Whether the planner's own settings go together: where they do not, the user's are not to blame."""
+    try:
+        recipe.with_settings(row)
+    except RecipeError:
+        return False
+    return True
 
 
 def _spread(constraints: Constraints) -> list[str]:
@@ -162,7 +173,7 @@ def _combinations(spec: ModelSpec, base: Recipe, constraints: Constraints) -> It
         _CHECKPOINTING,
         _LOSS,
         _OPTIMIZERS,
-        _STEPPING,
+        _STEPPING if base.parallel.devices == 1 else _STEPPING[:1],
         _offloads(constraints),
         _spreads(spec, base),
     )
@@ -185,6 +196,10 @@ def _is_idle(settings: Settings, method: str, pinned: frozenset[str]) -> bool:
     is_adamw = settings.get("optimizer.name", "adamw") == "adamw"
     # What crosses the link costs more than making it again: blocks' inputs go first, and weights after them.
     if offload in ("activations", "all") and settings.get("memory.activation_checkpointing") == "none":
+        return True
+    # A host steps what its device alone has.
+    shared = settings.get("parallel.tensor", 1) > 1 or settings.get("parallel.sharding") in ("ddp", "zero1")
+    if shared and offload not in (None, "none"):
         return True
     if method == "full":
         # the states that are worth offloading are AdamW's: others have few, and in backward all are stepped one by one
@@ -212,9 +227,16 @@ def _spreads(spec: ModelSpec, base: Recipe) -> tuple[Settings, ...]:
     rows = []
     for width in sorted(widths):
         if parallel.devices_per_node % width == 0 and can_divide(spec, width):
-            shardings = _SHARDINGS if parallel.devices > width else ("none",)
+            shardings = _shardings(base, width) if parallel.devices > width else ("none",)
             rows += [{"parallel.tensor": width, "parallel.sharding": kind} for kind in shardings]
     return tuple(rows)
+
+
+def _shardings(base: Recipe, width: int) -> tuple[str, ...]:
+    """Of groups of `width` devices that share each matrix: these hold no copies, and one node has no other to copy."""
+    if width > 1:
+        return "zero2", "zero3"
+    return _SHARDINGS if base.parallel.nodes > 1 else tuple(kind for kind in _SHARDINGS if kind != "hsdp")
 
 
 def _offloads(constraints: Constraints) -> tuple[Settings, ...]:

@@ -13,11 +13,13 @@ from brim.hardware.device import Device
 from brim.memory import closed_form, kept, sharded
 from brim.memory.anatomy import anatomy
 from brim.memory.constants import context_bytes, cublas_workspace_bytes
+from brim.memory.offloaded import split
 from brim.memory.rough import block_bytes, closed_form_knows, table_bytes
 from brim.memory.tensor import whole_of
 from brim.models.spec import ModelSpec
 from brim.planning.estimate import on_device
 from brim.recipe import Parallel, Recipe
+from brim.report import Ledger
 from brim.speed.communication import talk_of
 from brim.speed.roofline import crossing, micro_batch_work, optimizer_traffic, step_time
 
@@ -113,6 +115,12 @@ class Sweep:
                 peak = max(peak, min(activations, kept_bytes) + beside + min(max(gradients, least), most))
             yield held + batch_bytes + peak
 
+    def _left(self, ledger: Ledger, recipe: Recipe) -> int:
+        """Bytes on the device of what does not depend on rows."""
+        if self._device.kind == "cuda" and recipe.memory.offload != "none":
+            ledger, _ = split(ledger, self._spec, recipe)
+        return ledger.total + self._beside
+
     def _divided(self, spec: ModelSpec, recipe: Recipe, batches: Sequence[Batch]) -> Iterator[int]:
         """A device with its share of the weights."""
         one = closed_form.step_of(spec, sharded.alone_of(recipe))
@@ -120,19 +128,19 @@ class Sweep:
         besides: dict[bool, dict[str, int]] = {}
         for gathers in _gathers(batches):
             rank = sharded.Sharded(spec=spec, recipe=_turning(recipe, gathers), terms=one.terms)
-            held = rank.ledger().total + self._beside
             names = [name for name, *_ in self._flow(one, 1)[0]]
-            besides[gathers] = {
-                "start": held + rank.at_start().total - rank.ledger().total,
-                "step": held + rank.divided(rank.trained),
-                **{name: held + sum(rank.beside(name)) for name in names},
-            }
+            held = {"start": rank.at_start(), "step": rank.ledger(gradients=rank.divided(rank.trained))}
+            for name in names:
+                gradients, gathered = rank.beside(name)
+                held[name] = rank.ledger(gradients=gradients, gathered=gathered)
+            besides[gathers] = {name: self._left(ledger, recipe) for name, ledger in held.items()}
+        row_activations = self._stays(one).row_activations
         for rows, turns in batches:
             moments, batch_bytes = self._flow(one, rows)
-            beside = besides[turns > 1]
+            beside, kept_bytes = besides[turns > 1], rows * row_activations
             peak = max(beside["start"], beside["step"] + (stepping + batch_bytes) // rank.ranks)
             for name, activations, loss, _ in moments:
-                peak = max(peak, beside[name] + activations + loss + batch_bytes)
+                peak = max(peak, beside[name] + min(activations, kept_bytes) + loss + batch_bytes)
             yield peak
 
     def _flow(self, step: closed_form.Step, rows: int) -> _Flow:
