@@ -1,13 +1,16 @@
 """Growth: fits that recover what made the data, the scaling law against brute force, sizes as people know them."""
 
+import csv
 import json
 import math
 import random
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
+import brim
 from brim import cli
 from brim.errors import UsageError
 from brim.growth import feasibility, fit_growth, releases, trends
@@ -105,6 +108,40 @@ def test_ever_larger_is_a_story_of_before_2022() -> None:
     assert found["tokens"].verdict == "growing"
 
 
+def _rows() -> list[dict[str, str]]:
+    path = Path(brim.__file__).parent / "growth" / "data" / "model_history.csv"
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def _quantile(probability: float, degrees: int) -> float:
+    """Student's t, by adding up its density."""
+    ends = np.linspace(0, 60, 2_000_001)
+    density = (1 + ends**2 / degrees) ** (-(degrees + 1) / 2)
+    share = np.cumsum(density) / density.sum()
+    return float(ends[np.searchsorted(share, 2 * probability - 1)])
+
+
+@pytest.mark.parametrize(
+    ("quantity", "column"), [("num_parameters", "params"), ("tokens", "train_tokens"), ("flops", "train_flops")]
+)
+def test_doubling_times_are_those_of_another_fit_of_the_file(quantity: str, column: str) -> None:
+    """numpy's fit of the rows as they stand, its covariance and an integrated t: factors, intervals, months; all years,
+    to 2022 and since."""
+    trend = next(trend for trend in trends() if trend.quantity == quantity)
+    points = [
+        (int(row["year"]) + int(row["month"]) / 12, math.log(float(row[column]))) for row in _rows() if row[column]
+    ]
+    spans = {trend.overall: (0, 3000), trend.before: (0, 2022), trend.since: (2022, 3000)}
+    for fit, (first, last) in spans.items():
+        dates, logs = zip(*(point for point in points if first <= point[0] - 1 / 24 < last), strict=True)
+        (slope, _), covariance = np.polyfit(np.array(dates) - 2020, logs, 1, cov=True)
+        margin = _quantile(0.95, len(dates) - 2) * math.sqrt(covariance[0, 0])
+        assert fit is not None and fit.num_points == len(dates)
+        expected = [math.exp(slope), math.exp(slope - margin), math.exp(slope + margin)]
+        assert [fit.factor, fit.factor_low, fit.factor_high] == pytest.approx(expected, rel=2e-3)
+        assert fit.doubling_months == pytest.approx(12 * math.log(2) / slope, rel=1e-6)
+
+
 @pytest.mark.parametrize(("billions", "cards"), [(1, 1), (50, 50), (100, 100)])
 def test_sizes_are_those_that_people_know(billions: int, cards: int) -> None:
     """1B: 4 GB in FP32 and 24 GB to train; 50B and 100B train in 50 and 100 times a 24 GB card."""
@@ -153,6 +190,12 @@ def test_from_scratch_is_years_where_adapters_are_hours(capsys: Captured) -> Non
     assert 30 < years < 100
     assert 1 < found["feasibility"]["lora_hours_one_gpu"]["middle"] < 6
     assert f"scratch: {years:.0f} (" in found["sentence"] and "years" in found["sentence"]
+    # 6 x 7e9 x 2e12 operations at 35 % of 165 TFLOP/s: the 46 years that people tell are within the range
+    told = 6 * 7e9 * 2e12 / (0.35 * 165e12) / 3600
+    hours = found["feasibility"]["one_gpu_hours"]
+    assert told / 24 / 365 == pytest.approx(46, abs=0.5) and hours["low"] < told < hours["high"]
+    adapters = found["feasibility"]["lora_hours_one_gpu"]
+    assert adapters["low"] < 3 < adapters["high"]
 
 
 def test_history_is_drawn(tmp_path: Path, capsys: Captured) -> None:
