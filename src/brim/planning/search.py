@@ -15,11 +15,12 @@ from brim.planning.candidates import candidates_of, derived
 from brim.planning.constraints import Constraints
 from brim.planning.estimate import estimate, excess
 from brim.planning.offers import Offer, costed, fewer
+from brim.planning.pipeline import pipelined
 from brim.planning.ranking import Candidate, Goal, caution, rank
 from brim.planning.ways_out import NothingFitsError, refusal
 from brim.recipe import Recipe
 from brim.report import Plan, Prediction
-from brim.units import Progress, no_progress
+from brim.units import Progress, format_bytes, format_count, no_progress
 
 Rehearse = Callable[[Recipe, Offer], Prediction]
 """The exact predictor: a recipe's peak, nearly to the byte, in seconds."""
@@ -63,6 +64,7 @@ def plan(
     reasons = derived(spec, _on(constraints, offers[0]))
     if goal == "cheapest":
         reasons["goal"] = f"cheapest by {unit}" + ("" if unit == "price" else ": not every device's price is known")
+    reasons |= _stages(spec, recipes[0], offers)
     result = Plan(
         model=spec.name,
         device_name=", ".join(dict.fromkeys(offer.name if len(offers) > 1 else offer.device.name for offer in offers)),
@@ -95,6 +97,21 @@ def _considered(
             except UsageError:
                 continue
     return found
+
+
+def _stages(spec: ModelSpec, best: Prediction, offers: Sequence[Offer]) -> dict[str, str]:
+    """What pipeline stages would do in place of what the devices share."""
+    recipe = Recipe.from_dict(best.recipe)
+    device = next(offer.device for offer in offers if offer.device.name == best.device_name)
+    found = pipelined(spec, recipe, device) if recipe.parallel.devices > 1 else None
+    if found is None:
+        return {}
+    told = (
+        f"1: this version builds no stages. {found.stages} of {found.blocks} blocks each would need "
+        f"~{format_bytes(found.peak_bytes)} on a device and idle {found.idle:.0%} of the time with "
+        f"{found.micro_batches} rows, one by one: {format_count(float(f'{found.tokens_per_s:.2g}'))} tokens/s"
+    )
+    return {"parallel.pipeline": told}
 
 
 def _on(constraints: Constraints, offer: Offer) -> Constraints:
