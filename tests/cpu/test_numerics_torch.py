@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
+import brim.layers.packed_experts  # noqa: F401  FakeWorld patches it, and it cannot be imported on fake tensors
 from brim.errors import UsageError
-from brim.numerics.encode import TORCH_DTYPES, absmax_scale, decode, encode_integer
+from brim.memory.fake import FakeWorld
+from brim.numerics.encode import TORCH_DTYPES, _largest_scale, absmax_scale, decode, encode_integer
 from brim.numerics.formats import FORMATS
 from brim.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from brim.numerics.represent import represent, round_to_float
@@ -197,3 +199,17 @@ def test_groups_fill_the_rows() -> None:
     empty: Tensor = encode_integer(torch.ones(0, 6)).scale
     assert empty.shape == (0, 1)
     assert absmax_scale(torch.ones(0, 6), largest_code=127, dtype=torch.float32).shape == (0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("largest_code", [3.0, 6.0, 7.0, 7.5, 15.0, 127.0, 448.0])
+def test_no_scale_is_cut_by_a_rehearsal_before(largest_code: float, dtype: torch.dtype) -> None:
+    """The largest element's scale is the largest number of its dtype whose last code is finite, though fake weights
+    were encoded before: what is kept between the two has no fake tensor's value."""
+    _largest_scale.cache_clear()
+    with FakeWorld():
+        absmax_scale(torch.ones(1, 4, dtype=dtype), largest_code=largest_code, dtype=dtype)
+    largest = torch.tensor([[torch.finfo(dtype).max]], dtype=dtype)
+    scale = absmax_scale(largest, largest_code=largest_code, dtype=dtype)
+    above = torch.nextafter(scale, torch.full_like(scale, math.inf))
+    assert scale.item() * largest_code <= torch.finfo(dtype).max < above.item() * largest_code

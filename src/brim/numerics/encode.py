@@ -148,12 +148,13 @@ def storable_scale(scale: Tensor, *, largest_code: float, dtype: torch.dtype) ->
 def _largest_scale(largest_code: float, dtype: torch.dtype) -> float:
     """The largest scale of this dtype whose last code is still finite in it: readers decode in the scale's dtype.
 
-    Without a tensor: a rehearsal would see one in its first model and, as the answer is kept, in no other.
+    Without a tensor: a rehearsal's is fake, and what it says of one (1.0) would be kept for real weights.
     """
     finest = torch.finfo(dtype)
-    fraction, exponent = math.frexp(finest.max / largest_code)
-    step = finest.eps / 2
-    return math.ldexp(math.floor(fraction / step) * step, exponent)
+    scale = finest.max / largest_code
+    step = math.ldexp(finest.eps, math.frexp(scale)[1] - 1)
+    below = math.floor(scale / step) * step
+    return below if below * largest_code <= finest.max else below - step  # of FP64, the quotient itself is rounded
 
 
 def _as_blocks(weight_RK: Tensor, granularity: Granularity) -> Tensor:
