@@ -49,9 +49,8 @@ def _draw_tensor(axes: Axes, portrait: Portrait) -> None:
     axes.hist(portrait.after.numpy(), bins=bins, histtype="step", color=_AFTER)
     axes.set_yscale("log")
     axes.set_ylabel("elements")
-    axes.set_title(
-        f"{portrait.name}: {len(portrait.before):,} elements, before (filled) and in {portrait.format} (line)"
-    )
+    shown = f"{portrait.name}: {len(portrait.before):,} elements, before (filled) and in {portrait.format} (line)"
+    axes.set_title(shown, loc="left", fontsize="medium")
 
 
 def _draw_block(axes: Axes, portrait: Portrait) -> None:

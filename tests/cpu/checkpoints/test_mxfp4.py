@@ -75,8 +75,7 @@ def test_bytes_are_compressed_tensors(seed: int) -> None:
     assert torch.equal(unpack_nibbles(packed), codes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("t5", torch.bfloat16)])
 def test_transformers_sees_these_weights(family: str, dtype: torch.dtype, tiny: Maker, tmp_path: Path) -> None:
     """A model loaded from the output gives, bit by bit, the logits of the source with each linear weight whose rows are
     whole blocks replaced by our decoding; the others are as they were, and the report says which."""
