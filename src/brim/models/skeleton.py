@@ -153,6 +153,11 @@ def load(
         raise ModelFileError(f"{directory}: transformers cannot load it: {error}") from error
     for tensor in [*(() if mapped else model.parameters()), *model.buffers()]:
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            # A view, as what a file holds packed comes in: its base would live as long as itself.
+            if buffer is not None and buffer._base is not None:
+                module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
     if swap is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model

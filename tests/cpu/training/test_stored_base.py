@@ -87,6 +87,12 @@ def test_it_is_rehearsed_as_it_is_loaded(stored: Recipe, make_workload: MakeWork
     assert tensors_of(make_workload(stored)) == tensors_of(build(stored, describe(stored.model)))
 
 
+def test_nothing_of_the_file_stays_beside_what_is_held(stored: Recipe, make_workload: MakeWorkload) -> None:
+    """No tensor is a view of what was read: its base would live as long as it does, and count twice."""
+    model = make_workload(stored).model
+    assert all(tensor._base is None for tensor in (*model.parameters(), *model.buffers()))
+
+
 def test_another_format_than_the_recipe_says_is_refused(stored: Recipe, make_workload: MakeWorkload) -> None:
     """What is packed is not unpacked and packed anew in silence."""
     other = "int4" if stored.precision.weights == "int8" else "int8"
