@@ -123,10 +123,16 @@ def _exact(spec: ModelSpec, recipe: Recipe) -> int | None:
         return None
 
 
-def document(found: Sequence[Cell]) -> str:
+def document(found: Sequence[Cell], num_asked: int) -> str:
     known = [cell for cell in found if cell.known]
     others = [cell for cell in found if not cell.known]
-    lines = [HEAD, "", summary(known), "", *_table(known)]
+    lines = [HEAD, ""]
+    if len(found) < num_asked:
+        lines += [
+            f"Of {num_asked} cells {len(found)} have been rehearsed so far; the command goes on with the others.",
+            "",
+        ]
+    lines += [summary(known), "", *_table(known)]
     if others:
         lines += ["", "## Families without a closed form, roughly", "", summary(others), "", *_table(others)]
     return "\n".join(lines) + "\n"
@@ -172,7 +178,8 @@ def main() -> None:
         if chosen := [cell for cell in found if cell.known is known]:
             print(f"{'closed form' if known else 'rough'}: {summary(chosen)}")
     if options.docs:
-        DOCUMENT.write_text(document(found), encoding="utf-8")
+        num_asked = sum(1 for name in names for _ in recipes(describe(name)))
+        DOCUMENT.write_text(document(found, num_asked), encoding="utf-8")
 
 
 if __name__ == "__main__":

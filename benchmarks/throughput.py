@@ -81,7 +81,8 @@ def main() -> None:
     kept = Kept(options.place / "works.jsonl", fresh=options.fresh)
     if not options.told:
         rehearse(rows, kept, processes=options.processes)
-    text = document(errors_of(rows, kept), missing)
+    waiting = sum(row.key not in kept for row in rows)
+    text = document(errors_of(rows, kept), missing, waiting)
     print(text)
     if options.docs:
         DOCUMENT.write_text(text, encoding="utf-8")
@@ -165,8 +166,13 @@ def _told(case: Case, work: StepWork) -> Iterator[tuple[str, float]]:
     yield GPU_ROOFLINE, step_time(case.spec, case.recipe, case.device)
 
 
-def document(errors: Errors, missing: Counter[str]) -> str:
+def document(errors: Errors, missing: Counter[str], waiting: int) -> str:
     lines = [HEAD, ""]
+    if waiting:
+        lines += [
+            f"{waiting} rows that a recipe expresses have not been rehearsed yet; the command goes on with them.",
+            "",
+        ]
     for basis, found in errors.items():
         if found:
             sources = len({row.source for row, _ in found})
