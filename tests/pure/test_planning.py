@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from brim.errors import DoesNotFitError, RecipeError, UsageError
 from brim.hardware import Device
 from brim.memory.anatomy import anatomy
-from brim.models import ModelSpec
+from brim.models import ModelSpec, describe
 from brim.planning import Constraints, NothingFitsError, Offer, plan
 from brim.planning.candidates import candidates, candidates_of
 from brim.planning.constraints import value_of
@@ -380,3 +380,13 @@ def test_a_gpus_host_takes_what_is_offloaded() -> None:
         assert apart.peak.host_bytes
         assert apart.step_time_s > here.step_time_s
     assert all(r.memory.offload == "none" for r in candidates(SPEC, Constraints()))
+
+
+def test_int4_is_planned_in_groups_that_go_into_a_row() -> None:
+    """No INT4 recipe is considered whose groups do not divide the inputs of the model's linears (576 and 1536 here)."""
+    found = candidates(describe("smollm2-135m"), Constraints(seq_len=128, global_batch_size=4))
+    groups = {recipe.precision.group_size for recipe in found if recipe.precision.weights == "int4"}
+    assert groups == {64}
+    pinned = Constraints(seq_len=128, global_batch_size=4, settings=("precision.group_size=32",))
+    found = candidates(describe("smollm2-135m"), pinned)
+    assert {recipe.precision.group_size for recipe in found if recipe.precision.weights == "int4"} == {32}

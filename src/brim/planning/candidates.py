@@ -71,7 +71,7 @@ def kinds(spec: ModelSpec, constraints: Constraints) -> list[tuple[Recipe, tuple
     refusal: UsageError | None = None
     for settings in _combinations(spec, base, constraints):
         try:
-            recipe = base.with_values(settings)
+            recipe = _in_whole_groups(spec, base.with_values(settings), constraints)
             batches = batches_of(recipe, constraints)
         except UsageError as error:
             refusal = refusal or error
@@ -81,6 +81,17 @@ def kinds(spec: ModelSpec, constraints: Constraints) -> list[tuple[Recipe, tuple
     if not found:
         raise refusal or UsageError("no recipe meets these constraints; pin fewer keys")
     return list(found.items())
+
+
+def _in_whole_groups(spec: ModelSpec, recipe: Recipe, constraints: Constraints) -> Recipe:
+    """INT4 by the largest groups that divide the inputs of a block's linears; layers refuse others."""
+    if recipe.precision.weights != "int4" or "precision.group_size" in constraints.pinned:
+        return recipe
+    config = spec.config
+    heads = (config.get("head_dim") or 0) * (config.get("num_attention_heads") or 0)
+    inputs = [heads, config.get("hidden_size") or 0, config.get("intermediate_size") or 0]
+    group = next((size for size in (128, 64, 32) if not any(width % size for width in inputs)), 128)
+    return replace(recipe, precision=replace(recipe.precision, group_size=group))
 
 
 def candidates_of(
