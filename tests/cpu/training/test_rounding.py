@@ -52,14 +52,14 @@ def test_small_updates_add_up(name: Literal["adamw", "adamw8bit"], in_backward: 
 
 
 def test_what_it_does_not_go_with() -> None:
-    """Optimizers without it and divided weights are refused with the nearest setting; without BF16 weights it is said
+    """Optimizers without it and copies of weights are refused with the nearest setting; without BF16 weights it is said
     to have no effect."""
     recipe = Recipe(model="m", optimizer=Optimizer(rounding="stochastic"))
     assert recipe.warnings() == []
     with pytest.raises(RecipeError, match=r'nearest: optimizer\.name = "adamw"'):
         recipe.with_settings(["optimizer.name=lion"])
     with pytest.raises(RecipeError, match=r'nearest: optimizer\.rounding = "nearest"'):
-        recipe.with_settings(["parallel.devices_per_node=2", "parallel.sharding=zero3"])
+        recipe.with_settings(["parallel.devices_per_node=2", "parallel.sharding=zero1"])
     for precision in (Precision(master="fp32"), Precision(weights="fp32")):
         exact = Recipe(model="m", precision=precision, optimizer=recipe.optimizer)
         assert any("optimizer.rounding" in warning for warning in exact.warnings())
