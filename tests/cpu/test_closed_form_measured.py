@@ -120,7 +120,10 @@ _RECIPES: dict[str, dict[str, Any]] = {
 _COUNTED_ELSEWHERE = {"bert": _BERT, "bart": _BART}
 """Their token types, norms of embeddings and head's transform are no part that the anatomy has."""
 _FEW = ("full mixed", "lora bf16, chunked")
-_ALIKE = ("gemma2", "phi3", "olmo2", "stablelm", "phi", "gptj", "bloom", "qwen3_moe", "falcon", "bert", "bart")
+_ALIKE = (
+    "qwen2", "gemma2", "phi3", "olmo2", "stablelm", "phi", "gptj", "bloom", "qwen3_moe", "falcon", "flan-t5", "bert",
+    "bart",
+)  # fmt: skip
 """They share most rules with families that are held with all recipes; a few show theirs."""
 
 pytestmark = [
