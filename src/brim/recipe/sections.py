@@ -118,7 +118,7 @@ class Qat:
     """What the linear layers' weights are rounded to, as they are used in training and as they are saved."""
     granularity: str = "group:32"
     """Which weights share a scale: tensor, channel, or group:SIZE."""
-    start: Literal["absmax", "mean", "least-squares"] = "least-squares"
+    start: Literal["absmax", "mean", "least-squares"] = "absmax"
     """Scales to begin with: the largest weight is the last code; 2 mean|w| / sqrt(last code), LSQ's own; or the least
     squared error."""
     activations: Literal["none", "int8"] = "none"
