@@ -244,6 +244,8 @@ def document(bench: Bench, cells: list[str], steps: int) -> str:
             f"{recovered(plain, nearest, learned):.1%}",
         ]
         lines.append("| " + " | ".join([*row, target, *others]) + " |")
+    if not bench.makes:
+        lines += ["", "What is empty has not been run yet."]
     lines += [
         "",
         f"The learning rate is the one with the lowest Q ({SWEPT}) on four more articles:",
