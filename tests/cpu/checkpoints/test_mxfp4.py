@@ -10,7 +10,7 @@ from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpa
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from gguf.quants import quantize as gguf_quantize
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
@@ -55,12 +55,13 @@ def test_each_element_is_the_nearest_of_exact_arithmetic(values: np.ndarray) -> 
     arrays(
         np.float32,
         (2, 64),
-        # gguf-py divides by its scale, which overflows for the smallest
-        elements=st.floats(width=32, min_value=2.0**-99, max_value=2.0**99) | st.just(0.0),
+        elements=st.floats(width=32, min_value=-(2.0**99), max_value=2.0**99, allow_subnormal=False),
     )
 )
 def test_values_are_gguf_pys_but_for_ties(values: np.ndarray) -> None:
     """gguf-py, which has MXFP4 too, finds the same scales, and values as near: another one only of two equally near."""
+    largest = np.abs(values).reshape(-1, 32).max(axis=1)
+    assume(bool(((largest == 0) | (largest >= 2.0**-120)).all()))  # gguf-py divides by its scale, which overflows below
     theirs = dequantize(gguf_quantize(values, GGMLQuantizationType.MXFP4), GGMLQuantizationType.MXFP4)
     ours = decode_blocks(encode_blocks(torch.from_numpy(values))).numpy()
     assert np.array_equal(np.abs(ours - values), np.abs(theirs - values))
