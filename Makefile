@@ -39,15 +39,15 @@ $(FUZZ)/.ready: requirements-fuzz.txt $(READY)
 bench: $(READY)
 	@for script in benchmarks/*_speed.py; do $(PY) $$script || exit 1; done
 
-# Plans at 50 random budgets, run for real; about a quarter of an hour, kept recipe by recipe; writes docs/budgets.md.
+# Plans at 50 random budgets, run for real; long, kept recipe by recipe; writes docs/budgets.md.
 budgets: $(READY)
 	$(PY) -W ignore benchmarks/budgets.py --docs
 
-# What learned scales win back, against rounding afterwards; an hour or two, kept cell by cell; writes docs/qat.md.
+# What learned scales win back, against rounding afterwards; long, kept cell by cell; writes docs/qat.md.
 qat: $(READY)
 	$(PY) -W ignore -m benchmarks.qat_quality --docs
 
-# Every family x lever, rehearsed and run for real; writes docs/exactness.md. About half an hour; a cell that was run is
+# Every family x lever, rehearsed and run for real; writes docs/exactness.md. Long; a cell that was run is
 # kept in PLACE, if one is given: PLACE=runs/exactness.
 exactness: $(READY)
 	$(PY) -W ignore -m benchmarks.exactness $(if $(PLACE),--place $(PLACE))
@@ -63,17 +63,16 @@ accuracy: $(READY)
 	$(PY) -W ignore -m benchmarks.levers $(if $(DOCS),--docs)
 
 # The recipe that a plan ranks first against a grid run for real (BUSY=1: on a machine that does other work), kept cell by
-# cell; about half an hour; writes docs/plan_grid.md.
+# cell; long; writes docs/plan_grid.md.
 plan-grid: $(READY)
 	$(PY) -W ignore -m benchmarks.plan_grid --docs $(if $(BUSY),--busy)
 
-# The closed form against rehearsals of the whole catalogue, kept cell by cell; an hour or two; writes docs/closed_form.md.
+# The closed form against rehearsals of the whole catalogue, kept cell by cell; long; writes docs/closed_form.md.
 closed-form: $(READY)
 	$(PY) -W ignore -m benchmarks.closed_form --docs
 
 # Perplexity by how scales are chosen, against its targets. PEER=PYTHON: that of an environment with llm-compressor, for its
-# GPTQ on the same tokens (benchmarks/requirements-quantize-peer.txt); DOCS=1 rewrites docs/quantize_accuracy.md. Up to
-# an hour.
+# GPTQ on the same tokens (benchmarks/requirements-quantize-peer.txt); DOCS=1 rewrites docs/quantize_accuracy.md. Long.
 quantize-accuracy: $(READY)
 	$(PY) -W ignore -m benchmarks.quantize_accuracy $(if $(PEER),--peer $(PEER)) $(if $(DOCS),--docs docs/quantize_accuracy.md)
 

@@ -16,6 +16,11 @@ _END = struct.Struct("<4s8xIIH")
 _END64_PLACE = struct.Struct("<4s4xQ4x")
 _END64 = struct.Struct("<4s36xQQ")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_OF_BAD_ARCHIVES = (
+    zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, RuntimeError, struct.error,
+)  # fmt: skip
+"""What zipfile raises for a table of contents that lies: places before the file's start (OSError, ValueError), versions
+and flags that it does not know, numbers that end too early."""
 
 
 def entries(path: Path, *, kind: str) -> Mapping[str, tuple[int, int]]:
@@ -32,7 +37,7 @@ def entries(path: Path, *, kind: str) -> Mapping[str, tuple[int, int]]:
             places = {entry.filename: _place(file, entry) for entry in listed}
     except ModelFileError:
         raise
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, RuntimeError, struct.error):
+    except _OF_BAD_ARCHIVES:
         raise ModelFileError(f"{path} is not a zip archive, or a damaged one; {kind}") from None
     if len(places) < len(listed):
         raise ModelFileError(f"{path}: the archive has two files of one name, which readers take for one or the other")
