@@ -17,22 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import torch
 from benchmarks.kept import Kept, key_of
+from benchmarks.step_time import measured_s
 
 from brim.hardware import Device
 from brim.hardware.calibrate import operator_rates
 from brim.hardware.operator_rates import SIZES, OperatorRates, key
-from brim.models import ModelSpec, describe
+from brim.models import describe
 from brim.planning import Constraints, NothingFitsError, Offer, plan
 from brim.recipe import Recipe
 from brim.rehearsal import rehearse
-from brim.training.batches import synthetic_batch
-from brim.training.build import build
-from brim.training.step import train_step
 from brim.units import GIB, format_bytes
 
 Method = Literal["auto", "full"]
@@ -108,7 +105,8 @@ class Grid:
         key = self._key(recipe)
         if key not in self._kept:
             peak = rehearse(self.spec, recipe, device=self.device, budget_bytes=max(BUDGETS)).peak.highest_bytes
-            self._kept.put(key, {"peak_bytes": peak, "seconds": _measure(recipe, self.spec, self._clock)})
+            seconds = measured_s(recipe, self.spec, self._clock, steps=_STEPS)
+            self._kept.put(key, {"peak_bytes": peak, "seconds": seconds})
         row = self._kept[key]
         seconds = float(row["seconds"])
         return Cell(recipe=recipe, peak_bytes=row["peak_bytes"], tokens_per_s=recipe.tokens_per_step / seconds)
@@ -149,18 +147,6 @@ def grid() -> Iterator[Recipe]:
     for settings, rows, kind in product(METHODS, ROWS, CHECKPOINTING):
         batch = [f"micro_batch_size={rows}", f"grad_accumulation={BATCH // rows}"]
         yield base.with_settings([*batch, f"memory.activation_checkpointing={kind}", *settings])
-
-
-def _measure(recipe: Recipe, spec: ModelSpec, clock: Callable[[], float]) -> float:
-    """Seconds of a step: the middle of some after the first."""
-    workload = build(recipe, spec)
-    batches = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
-    seconds = []
-    for _ in range(_STEPS + 1):
-        start = clock()
-        train_step(workload, batches, learning_rate=1e-5)
-        seconds.append(clock() - start)
-    return median(seconds[1:])
 
 
 def _device(rates: OperatorRates) -> Device:

@@ -112,17 +112,17 @@ def _timed(
     words = [setting.partition("=")[2] for setting in settings]
     return Timed(
         name=" ".join([model, f"{rows}x{seq_len}", *words]),
-        measured_s=_measure(recipe, spec, clock),
+        measured_s=measured_s(recipe, spec, clock, steps=_STEPS),
         predicted_s=predicted,
     )
 
 
-def _measure(recipe: Recipe, spec: ModelSpec, clock: Callable[[], float]) -> float:
-    """The middle of some steps after the first."""
+def measured_s(recipe: Recipe, spec: ModelSpec, clock: Callable[[], float], *, steps: int) -> float:
+    """Seconds of a step: the middle of so many after the first."""
     workload = build(recipe, spec)
-    batches = [synthetic_batch(recipe, spec, seed=0)]
+    batches = [synthetic_batch(recipe, spec, seed=index) for index in range(recipe.grad_accumulation)]
     seconds = []
-    for _ in range(_STEPS + 1):
+    for _ in range(steps + 1):
         start = clock()
         train_step(workload, batches, learning_rate=1e-5)
         seconds.append(clock() - start)
