@@ -97,7 +97,8 @@ def rank(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
     """Best first.
 
     Lightest: by peak, then by speed. Fastest: by tokens a second; cheapest: by tokens a dollar, or by what the offers
-    are compared in (`Offer.cost_per_s`). Among those nearly equal in it by `Kind.quality`, then the lighter.
+    are compared in (`Offer.cost_per_s`). Among those nearly equal in it by `Kind.quality`, then still by it, then the
+    lighter.
     """
     if goal == "lightest":
         return sorted(candidates, key=lambda c: (c.peak_bytes, -c.tokens_per_s))
@@ -105,7 +106,7 @@ def rank(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
     best_first = sorted(candidates, key=worth, reverse=True)
     ranked: list[Candidate] = []
     for group in _groups(best_first, worth):
-        ranked += sorted(group, key=lambda c: (c.kind.quality, c.peak_bytes, c.place))
+        ranked += sorted(group, key=lambda c: (c.kind.quality, -worth(c), c.peak_bytes, c.place))
     return ranked
 
 
