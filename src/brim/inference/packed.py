@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from brim.errors import UsageError
 from brim.layers.experts import are_packable
 from brim.layers.linears import linears_below
+from brim.layers.one_token import prepare_one_token
 from brim.layers.packed_embedding import PackedEmbedding, tie
 from brim.layers.packed_linear import PackedLinear
 from brim.layers.packed_loading import loading
@@ -151,10 +152,11 @@ def _tie_later(model: PreTrainedModel, head: nn.Module, embedding: PackedEmbeddi
 
 
 def rearrange(model: nn.Module) -> None:
-    """Each weight in the order of its device's kernel, one after the other."""
+    """Each weight in the order of its device's kernel, one after the other, and ready for one token at a time."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.rearrange()
+    prepare_one_token(model)
 
 
 def packing_of(format: str, inputs: int) -> Packing:

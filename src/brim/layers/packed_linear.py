@@ -9,6 +9,7 @@ How this differs from bitsandbytes' Linear4bit: it can be built on meta and fake
 what it holds as plain buffers. Shapes: R outputs, K inputs.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,9 @@ class PackedLinear(nn.Linear):
     """Whether its file holds what it holds: nothing is packed as it is loaded."""
     is_tied: bool = False
     """Whether it holds what the embedding holds."""
+    one_token: Callable[[Tensor], Tensor | None] | None = None
+    """Its product where no gradient is asked for, without bias; None of an input that it does not suit
+    (`layers.one_token`)."""
 
     def __init__(
         self,
@@ -49,15 +53,23 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = inputs, outputs
         self.packing, self.compute = packing, compute
         layout = packing.layout(outputs, inputs, compute)
-        self._hold({name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()})
+        self.hold({name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()})
         self.bias = bias  # type: ignore[assignment]  # nn.Linear's own says Parameter
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Moved tensors are other ones than those that `one_token` reads."""
+        self.one_token = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def held(self) -> Tensors:
         """What holds the weight, by name."""
         return {name: getattr(self, name) for name in self._held}
 
-    def _hold(self, tensors: Tensors) -> None:
+    def hold(self, tensors: Tensors) -> None:
+        """These hold the weight from now on."""
+        self.one_token = None
         self._held = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -68,14 +80,14 @@ class PackedLinear(nn.Linear):
 
     def pack(self, weight_RK: Tensor) -> None:
         """Hold this weight from now on."""
-        self._hold(self.packing.pack(weight_RK.to(self.compute)))
+        self.hold(self.packing.pack(weight_RK.to(self.compute)))
 
     def rearrange(self) -> None:
         """Hold the weight in the order that a kernel of this device wants, if there is one."""
         self.packing, held = rearranged(self.packing, self.held, self.out_features, self.in_features, self.compute)
         for name in self.held.keys() - held.keys():
             del self._buffers[name]
-        self._hold(held)
+        self.hold(held)
 
     def make_codes_divisible(self) -> None:
         """Codes become a frozen parameter, which sharding divides; scales, a hundredth of them, stay whole."""
@@ -87,10 +99,14 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """In the compute format, and back in the input's."""
+        if self.one_token is not None and not torch.is_grad_enabled():
+            result = self.one_token(input)
+            if result is not None:
+                return result if self.bias is None else result + self.bias.to(self.compute)
         bias = None if self.bias is None else self.bias.to(self.compute)
         if self.holds_input and torch.is_grad_enabled():
-            result: Tensor = _HeldProduct.apply(input.to(self.compute), bias, self)  # type: ignore[no-untyped-call]
-            return result.to(input.dtype)
+            held: Tensor = _HeldProduct.apply(input.to(self.compute), bias, self)  # type: ignore[no-untyped-call]
+            return held.to(input.dtype)
         return packed_product(input, bias, self, compute=self.compute)
 
 

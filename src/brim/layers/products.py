@@ -55,7 +55,7 @@ def _product(input_TK: Tensor, packing: Packing, held: Tensors, rows: int, compu
     if isinstance(packing, Int8) and packing.group_size is None:
         if packing.rounds_inputs and _has_integer_kernel(input_TK, rows):
             return _of_integers(input_TK, held, compute)
-        if _suits_int8pack(input_TK, compute):
+        if 0 < len(input_TK) <= _FEW_ROWS and has_int8_kernel(held["weight"], compute):
             return torch.ops.aten._weight_int8pack_mm(input_TK, held["weight"], held["scale"].view(-1))
     if isinstance(packing, Int4Kernel):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -64,10 +64,9 @@ def _product(input_TK: Tensor, packing: Packing, held: Tensors, rows: int, compu
     return _by_blocks(input_TK, packing, held, rows, compute)
 
 
-def _suits_int8pack(input_TK: Tensor, compute: torch.dtype) -> bool:
-    rows, inputs = input_TK.shape
-    on_cpu = input_TK.device.type == "cpu"
-    return on_cpu and compute == torch.bfloat16 and 0 < rows <= _FEW_ROWS and inputs % _LANES == 0
+def has_int8_kernel(weight_RK: Tensor, compute: torch.dtype) -> bool:
+    """Whether `_weight_int8pack_mm` reads codes of this width where they are, rightly and fast."""
+    return weight_RK.device.type == "cpu" and compute == torch.bfloat16 and weight_RK.shape[1] % _LANES == 0
 
 
 def _has_integer_kernel(input_TK: Tensor, rows: int) -> bool:
