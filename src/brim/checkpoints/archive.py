@@ -1,5 +1,6 @@
 """Zip archives whose entries are read where they lie: PyTorch's .bin and Keras's .keras. Within bounds."""
 
+import errno
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _OF_BAD_ARCHIVES = (
     zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, RuntimeError, struct.error,
 )  # fmt: skip
-"""What zipfile raises for a table of contents that lies: places before the file's start (OSError, ValueError), versions
-and flags that it does not know, numbers that end too early."""
+"""What zipfile raises for a table of contents that lies: places before the file's start (ValueError, or
+OSError with EINVAL), versions and flags that it does not know, numbers that end too early."""
 
 
 def entries(path: Path, *, kind: str) -> Mapping[str, tuple[int, int]]:
@@ -37,7 +38,9 @@ def entries(path: Path, *, kind: str) -> Mapping[str, tuple[int, int]]:
             places = {entry.filename: _place(file, entry) for entry in listed}
     except ModelFileError:
         raise
-    except _OF_BAD_ARCHIVES:
+    except _OF_BAD_ARCHIVES as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # the disk's, not the file's
         raise ModelFileError(f"{path} is not a zip archive, or a damaged one; {kind}") from None
     if len(places) < len(listed):
         raise ModelFileError(f"{path}: the archive has two files of one name, which readers take for one or the other")

@@ -1,6 +1,8 @@
 """PyTorch's .bin files: converted as their safetensors twins are, and hostile ones refused."""
 
+import errno
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from brim.checkpoints.archive import entries
 from brim.checkpoints.convert import quantize
 from brim.checkpoints.pickled import pickled_tensors
 from brim.cli import main
@@ -128,3 +131,16 @@ def test_what_is_no_table_of_tensors_is_refused(tiny: Maker, tmp_path: Path) -> 
     refused("has no pytorch_model.bin", UsageError)
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../x.bin"}}))
     refused("not a plain name ending in .bin")
+
+
+def test_a_disk_that_fails_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive that cannot be read is the system's error, and is not told as a damaged file."""
+    path = tmp_path / "model.bin"
+    torch.save({"a": torch.ones(2)}, path)
+
+    def failing(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile, "ZipFile", failing)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        entries(path, kind="a model")
