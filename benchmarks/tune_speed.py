@@ -51,14 +51,13 @@ PLAIN = Recipe(
     seq_len=512,
     micro_batch_size=4,
     optimizer=Optimizer(learning_rate=2e-5),
-    training=Training(max_steps=STEPS, schedule="constant"),
-)
-CHUNKED = PLAIN.with_settings(["optimizer.rounding=stochastic", "memory.loss=chunked"])
+    training=Training(max_steps=STEPS, schedule="constant", learn="all"),  # as others do
+).with_settings([f"memory.loss={describe(MODEL).loss}"])  # as of `brim tune MODEL`
 RECIPES = {
     "default": PLAIN,
-    "stochastic rounding, chunked loss": CHUNKED,
-    "all levers": CHUNKED.with_settings(
+    "all levers": PLAIN.with_settings(
         [
+            "optimizer.rounding=stochastic",
             "memory.activation_checkpointing=full",
             "optimizer.name=adamw8bit",
             "optimizer.in_backward=true",

@@ -92,9 +92,10 @@ def test_settings_round_trip(recipe: Recipe) -> None:
 
 @given(RECIPES)
 def test_settings_that_differ_give_the_recipe(recipe: Recipe) -> None:
-    """What a plan says to type next is the recipe, and no default is said."""
-    assert Recipe(model=recipe.model).with_settings(recipe.settings()) == recipe
-    assert Recipe(model=recipe.model).settings() == []
+    """What a plan says to type next is the recipe, whatever one starts from, and nothing else is said."""
+    for start in (Recipe(model=recipe.model), Recipe(model=recipe.model, memory=Memory(loss="chunked"), num_labels=5)):
+        assert start.with_settings(recipe.settings(start)) == recipe
+        assert start.settings(start) == []
 
 
 def _toml_value(values: dict[str, Any], key: str) -> str:

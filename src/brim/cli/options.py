@@ -84,29 +84,38 @@ def recipe_of(
 
     `new_tokens`: positions that the default length of a row leaves free.
     """
-    recipe = _start(source, new_tokens)
     named = {"method": method, "seq_len": seq_len, "micro_batch_size": micro_batch_size}
-    named_settings = [f"{key}={value}" for key, value in named.items() if value is not None]
+    asked = [*(f"{key}={value}" for key, value in named.items() if value is not None), *(settings or [])]
+    if source.endswith(".toml"):
+        recipe = Recipe.from_toml(Path(source))
+        spec = describe(recipe.model)
+    else:
+        spec = describe(source)
+        recipe = default_recipe(spec, source, new_tokens=new_tokens)
+        asked = [*_loss(asked), *asked]
     if method == "qlora" and not recipe.precision.packed:
-        named_settings.append("precision.weights=nf4")
-    asked = [*named_settings, *(settings or [])]
-    recipe = recipe.with_settings([*_sharding(recipe, asked), *asked])
-    return recipe, describe(recipe.model)
+        asked.insert(0, "precision.weights=nf4")
+    return recipe.with_settings([*_sharding(recipe, asked), *asked]), spec
+
+
+def default_recipe(spec: ModelSpec, source: str, *, new_tokens: int = 0) -> Recipe:
+    """What a model is trained by where nobody says otherwise: the best kernels and loss that its family has."""
+    positions = int(spec.config.get("max_position_embeddings") or spec.config.get("n_positions") or 1024)
+    own = [f"memory.attention={spec.attention}", f"memory.loss={spec.loss}", f"num_labels={spec.num_labels}"]
+    try:
+        recipe = Recipe(model=source, task=spec.task, seq_len=max(2, min(1024, positions - new_tokens)))
+        return recipe.with_settings(own)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from None
+
+
+def _loss(asked: list[str]) -> list[str]:
+    """A classifier has one row of logits, and another library's loss keeps them all: neither comes in chunks."""
+    whole = any(setting.startswith(("library.loss=", "task=sequence-classification")) for setting in asked)
+    return ["memory.loss=full"] if whole else []
 
 
 def _sharding(recipe: Recipe, asked: list[str]) -> list[str]:
     """What several devices share where nobody has said it: everything, which is what takes the least memory."""
     many = any(setting.startswith(("parallel.devices_per_node=", "parallel.nodes=")) for setting in asked)
     return ["parallel.sharding=zero3"] if many and recipe.parallel.sharding == "none" else []
-
-
-def _start(source: str, new_tokens: int) -> Recipe:
-    if source.endswith(".toml"):
-        return Recipe.from_toml(Path(source))
-    spec = describe(source)
-    positions = int(spec.config.get("max_position_embeddings") or spec.config.get("n_positions") or 1024)
-    try:
-        recipe = Recipe(model=source, task=spec.task, seq_len=max(2, min(1024, positions - new_tokens)))
-        return recipe.with_settings([f"memory.attention={spec.attention}", f"num_labels={spec.num_labels}"])
-    except RecipeError as error:
-        raise RecipeError(f"{source}: {error}") from None

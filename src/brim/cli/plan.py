@@ -94,7 +94,7 @@ def command(
     if json:
         _print_json(result, taken, reached)
         return
-    planned.show(result, model, save, taken)
+    planned.show(result, options.default_recipe(spec, model), save, taken)
     if reached is not None:
         limits.show(reached, offers[0].device)
 

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -18,8 +19,9 @@ from brim.units import format_bytes, format_count
 _LOSERS_SHOWN = 4
 
 
-def show(result: Plan, model: str, save: Path | None, taken: Sequence[Cost]) -> None:
-    """`taken`: hours and price of the first recipes, where a number of tokens was given."""
+def show(result: Plan, start: Recipe, save: Path | None, taken: Sequence[Cost]) -> None:
+    """`start`: what `brim tune` would do of itself. `taken`: hours and price of the first recipes, where a number of
+    tokens was given."""
     console.out.print(
         f"{result.model} on {result.device_name} within {format_bytes(result.budget_bytes)}: "
         f"{result.num_fitting:,} of {result.num_searched:,} recipes fit; {result.goal} first",
@@ -33,7 +35,7 @@ def show(result: Plan, model: str, save: Path | None, taken: Sequence[Cost]) -> 
         console.out.print("; ".join(f"{letter}: {place}" for place, letter in letters.items()), soft_wrap=True)
     for line in (*_costs(taken), *_reasons(shown), *_remarks(result)):
         console.out.print(line, markup=False, soft_wrap=True)
-    recipe = str(save) if save is not None else f"{model} {_settings_of(result.recipes[0])}"
+    recipe = str(save) if save is not None else f"{start.model} {_settings_of(result.recipes[0], start)}"
     on_gpu = " --device cuda" if result.recipes[0].peak.device_bytes is not None else ""
     console.out.print(f"Next: brim tune {recipe}{on_gpu}", markup=False, soft_wrap=True)
 
@@ -131,6 +133,7 @@ def _remarks(result: Plan) -> Iterator[str]:
         yield f"Note on #1: {reason}"
 
 
-def _settings_of(prediction: Prediction) -> str:
-    """`--set key=value`, as a shell reads it, for each key in which the recipe differs from the defaults."""
-    return " ".join(f"--set {shlex.quote(setting)}" for setting in Recipe.from_dict(prediction.recipe).settings())
+def _settings_of(prediction: Prediction, start: Recipe) -> str:
+    """`--set key=value`, as a shell reads it, for each key in which the recipe differs from the start."""
+    recipe = replace(Recipe.from_dict(prediction.recipe), model=start.model)  # as it was typed
+    return " ".join(f"--set {shlex.quote(setting)}" for setting in recipe.settings(start))

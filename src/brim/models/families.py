@@ -16,3 +16,6 @@ EAGER_ONLY = frozenset({
     "xlnet", "xlstm", "yoso",
 })  # fmt: skip
 """transformers has their attention written out only, or they have none: `memory.attention = "eager"`."""
+
+FULL_LOSS_ONLY = frozenset({"mobilebert", "perceiver", "prophetnet", "reformer", "xlstm"})
+"""More happens between their hidden states and their logits than training/head.py knows: `memory.loss = "full"`."""

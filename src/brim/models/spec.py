@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brim.errors import ModelFileError
-from brim.models.families import EAGER_ONLY, ENCODERS
+from brim.models.families import EAGER_ONLY, ENCODERS, FULL_LOSS_ONLY
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"]
 
@@ -69,6 +69,12 @@ class ModelSpec:
     def attention(self) -> Literal["eager", "sdpa"]:
         """The best value of `memory.attention` that transformers has for this family."""
         return "eager" if self.model_type in EAGER_ONLY else "sdpa"
+
+    @property
+    def loss(self) -> Literal["full", "chunked"]:
+        """The best value of `memory.loss` that this model can have: chunked, where it has logits of each token."""
+        plain = self.task == "sequence-classification" or self.model_type in FULL_LOSS_ONLY
+        return "full" if plain else "chunked"
 
     @property
     def num_labels(self) -> int:

@@ -118,9 +118,9 @@ class Recipe:
             raise RecipeError(f"recipe {path} is not TOML: {error}") from None
         return cls.from_dict(values, where=str(path))
 
-    def settings(self) -> list[str]:
-        """`key=value` for each key that is not as a recipe of this model alone has it; `with_settings` reads them."""
-        return list(_differences(self.to_dict(), Recipe(model=self.model).to_dict(), ""))
+    def settings(self, start: "Recipe") -> list[str]:
+        """`key=value` for each key that is not as `start` has it, which `start.with_settings` reads."""
+        return list(_differences(self.to_dict(), start.to_dict(), ""))
 
     def with_settings(self, settings: Iterable[str]) -> "Recipe":
         """A copy with `key=value` settings applied, keys dotted as in `precision.weights=fp32`."""

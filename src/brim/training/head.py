@@ -24,6 +24,12 @@ from brim.training.litgpt_lora import Adapted
 _CLASSIFIERS = ("score", "classifier", "classification_head", "logits_proj")
 """What families call a classifier's head."""
 
+_FACTORS = {
+    "cohere": "logit_scale", "cohere2": "logit_scale", "cohere2_moe": "logit_scale",
+    "cohere_compass_text": "logit_scale", "falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling",
+}  # fmt: skip
+"""Family -> the key of its config that logits are multiplied by."""
+
 
 class OutputHead:
     """The model's last layer, watched; in chunked mode the model runs without it.
@@ -194,13 +200,20 @@ class LossModule(nn.Module):
 
 
 def finish_of(base: PreTrainedModel) -> Finish:
-    """What the family does to logits after the head: softcap (Gemma), division (Granite), bias (BART), or nothing."""
-    softcap = getattr(base.config, "final_logit_softcapping", None)
+    """What the family does to logits after the head: softcap (Gemma), factor (Granite, Cohere), bias (BART), nothing.
+
+    `models.families.FULL_LOSS_ONLY` names families for which this is not all.
+    """
+    config, family = base.config, base.config.model_type
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     if softcap:
         return lambda logits: torch.tanh(logits / softcap) * softcap
-    scaling = getattr(base.config, "logits_scaling", None)
-    if scaling and base.config.model_type.startswith("granite"):
-        return lambda logits: logits / scaling
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor and family.startswith("granite"):
+        return lambda logits: logits / divisor
+    factor = getattr(config, _FACTORS.get(family, ""), None)
+    if factor:
+        return lambda logits: logits * factor
     bias_V = getattr(base, "final_logits_bias", None)
     if bias_V is not None:
         return lambda logits: logits + bias_V
