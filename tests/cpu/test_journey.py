@@ -47,7 +47,7 @@ def test_a_plan_is_carried_out_within_its_budget(method: str, rows: Path, tmp_pa
 
 def test_predict_is_the_acceptances_figure(capsys: Captured) -> None:
     """`predict --json` on stdout is one object of the contract; its ledger adds up to its peak."""
-    fp32 = ["--set", "precision.weights=fp32", "--set", "precision.compute=fp32"]
+    fp32 = ["--set", "precision.weights=fp32", "--set", "precision.compute=fp32", "--set", "memory.loss=full"]
     size = ["--seq-len", "256", "--micro-batch-size", "2"]
     assert main(["predict", MODEL, "--device", "cpu", "--method", "full", *fp32, *size, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
