@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from brim.numerics.encode import all_codes, decode, encode_integer
-from brim.numerics.feedback import feedback_codes, output_error
+from brim.numerics.feedback import fed_weight, feedback_codes, output_error
 from brim.numerics.granularity import Granularity, PerChannel, PerGroup
 from brim.numerics.scales import least_error_scale
 
@@ -93,12 +93,15 @@ def reference_codes(weight: Tensor, scale: Tensor, power: Tensor, codes: tuple[i
 
 @pytest.mark.parametrize("inputs", [8, 160])
 def test_feedback_is_the_papers_rule(inputs: int) -> None:
-    """Codes are those of the paper's rule with the inverse made anew for each column (but for ties of rounding)."""
+    """Codes are those of the paper's rule with the inverse made anew for each column (but for ties of rounding),
+    and the nearest ones of the weight that was fed."""
     weight, power = heavy(16, inputs, seed=5), power_of(inputs)
     scale = weight.abs().amax(dim=1, keepdim=True) / 7
     codes = feedback_codes(weight, scale, power, codes=(-8, 7))
     expected = reference_codes(weight, scale.double().expand(-1, inputs), power, (-8, 7), 0.01)
     assert float((codes.double() == expected).double().mean()) > 0.995
+    wanted = fed_weight(weight, scale, power, codes=(-8, 7))
+    assert torch.equal((wanted / scale).round().clamp(-8, 7), codes.float())
 
 
 @pytest.mark.parametrize("how", GRANULARITIES)

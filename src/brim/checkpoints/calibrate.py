@@ -113,7 +113,7 @@ def _check_memory(
     decoder: BlockwiseDecoder, wanted: Mapping[str, Conversion], *, tokens: int, memory_bytes: int
 ) -> None:
     """Raises DoesNotFitError where the neediest block takes more."""
-    need = max(_block_bytes(block, tokens=tokens) for block in decoder.blocks)
+    need = max(block_bytes(block, tokens=tokens) for block in decoder.blocks)
     if need > memory_bytes:
         raise DoesNotFitError(
             f"calibration holds a block of the model with what it gathers, {format_bytes(need)}, and --memory allows "
@@ -121,7 +121,7 @@ def _check_memory(
         )
 
 
-def _block_bytes(block: nn.Module, *, tokens: int) -> int:
+def block_bytes(block: nn.Module, *, tokens: int) -> int:
     """Weights; moments of each linear module's inputs; then the larger of a pass and a choice of codes.
 
     The choice takes some nine tensors of the weight's shape and, of the moments' shape in FP64, four.
@@ -150,7 +150,7 @@ def _decide(
             states[number] = decoder.embedded(tokens_T)
         for block in decoder.blocks:
             with decoder.loaded(block) as linears:
-                with _Moments({name: linear for name, linear in linears.items() if name in wanted}) as moments:
+                with Moments({name: linear for name, linear in linears.items() if name in wanted}) as moments:
                     for number in range(count):
                         decoder.run(block, states[number])
                         done += 1
@@ -187,7 +187,7 @@ def choose_scales(weight_RK: Tensor, power_KK: Tensor, integers: Integers) -> Te
     ).squeeze(-1)
 
 
-class _Moments:
+class Moments:
     """Second moments of the inputs of linear modules, while they run; modules that share an input share them."""
 
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
@@ -218,7 +218,7 @@ class _Moments:
 
         return before
 
-    def __enter__(self) -> "_Moments":
+    def __enter__(self) -> "Moments":
         return self
 
     def __exit__(self, *_: object) -> None:

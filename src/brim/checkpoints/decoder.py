@@ -75,6 +75,10 @@ class BlockwiseDecoder:
         finally:
             block.to(device="meta")
 
+    def own_name(self, block: nn.Module, name: str) -> str:
+        """Of a module in it, as the whole model names it."""
+        return f"{self._own[id(block)]}.{name}"
+
     def run(self, block: nn.Module, hidden_1TD: Tensor) -> Tensor:
         """The block's output."""
         positions_1T = torch.arange(hidden_1TD.shape[1]).unsqueeze(0)

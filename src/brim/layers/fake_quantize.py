@@ -167,6 +167,11 @@ class FakeQuantizedLinear(nn.Linear):
         """scale_RS in the format that a checkpoint holds it in: the one that the product was trained with."""
         return _stored(self.scale.detach(), dtype)
 
+    def decoded(self) -> Tensor:
+        """FP32 weight_RK as a reader of the stored codes and scales will see it."""
+        scale = self.stored_scale(self.weight.dtype).float()[..., None]
+        return (self.grid.blocks(self.codes().float()) * scale).view(self.weight.shape)
+
     def codes(self) -> Tensor:
         """int8 codes_RK: with the stored scale in the weight's format they are the weight that was trained."""
         scale = self.stored_scale(self.weight.dtype).float()

@@ -26,6 +26,29 @@ def feedback_codes(
 
     Inputs that were zero throughout take and give nothing: their weights are rounded to the nearest code.
     """
+    order, codes_KR, _ = _rounded(weight_RK, scale_RG, power_KK, codes, damping)
+    return _in_place(codes_KR, order).to(torch.int8).contiguous()
+
+
+def fed_weight(
+    weight_RK: Tensor, scale_RG: Tensor, power_KK: Tensor, *, codes: tuple[int, int], damping: float = DAMPING
+) -> Tensor:
+    """The weight (R, K) whose nearest codes are those of `feedback_codes`: each column as it was when it was rounded,
+    with what was lost before it."""
+    order, _, left_KR = _rounded(weight_RK, scale_RG, power_KK, codes, damping)
+    return _in_place(left_KR, order).contiguous()
+
+
+def _in_place(columns_KR: Tensor, order_K: Tensor) -> Tensor:
+    unordered = torch.empty_like(columns_KR)
+    unordered[order_K] = columns_KR
+    return unordered.t()
+
+
+def _rounded(
+    weight_RK: Tensor, scale_RG: Tensor, power_KK: Tensor, codes: tuple[int, int], damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(order of the columns; in it their codes, and what they were when they were rounded)."""
     low, high = codes
     inputs = weight_RK.shape[1]
     diagonal = power_KK.diagonal()
@@ -45,9 +68,7 @@ def feedback_codes(
             torch.sub(wanted, codes_KR[column] * scale, out=lost).div_(upper_KK[column, column])
             left_KR[column + 1 : end].addr_(upper_KK[column, column + 1 : end], lost, alpha=-1)
         left_KR[end:].addmm_(upper_KK[begin:end, end:].t(), lost_CR, alpha=-1)
-    unordered = torch.empty_like(codes_KR)
-    unordered[order] = codes_KR
-    return unordered.t().to(torch.int8).contiguous()
+    return order, codes_KR, left_KR
 
 
 def output_error(difference_RK: Tensor, power_KK: Tensor) -> float:

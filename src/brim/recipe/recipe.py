@@ -76,6 +76,11 @@ class Recipe:
         return self.method == "qat" and self.qat.teacher_top > 0
 
     @property
+    def calibrates(self) -> bool:
+        """Whether scales and weights to begin with are chosen by what flows through them."""
+        return self.method == "qat" and self.qat.start == "calibrated"
+
+    @property
     def trains_weights(self) -> bool:
         """Whether the model's own weights are trained."""
         return self.method == "full" or (self.method == "qat" and self.qat.train == "all")

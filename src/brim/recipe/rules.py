@@ -219,6 +219,10 @@ def _check_qat(recipe: "Recipe") -> None:
             f"qat.teacher_top = {recipe.qat.teacher_top} is of causal language models on one device, with Brim's own "
             "loss; nearest: qat.teacher_top = 0"
         )
+    if recipe.calibrates and recipe.task != "causal-lm":
+        raise RecipeError(
+            f'qat.start = "calibrated" runs decoders alone, and task is "{recipe.task}"; nearest: qat.start = "absmax"'
+        )
     if recipe.method == "qat" and recipe.qat.activations == "int8" and recipe.task == "seq2seq-lm":
         raise RecipeError(
             'qat.activations = "int8" is not read back for T5-like models: transformers looks for a plain weight where '

@@ -118,9 +118,10 @@ class Qat:
     """What the linear layers' weights are rounded to, as they are used in training and as they are saved."""
     granularity: str = "group:32"
     """Which weights share a scale: tensor, channel, or group:SIZE."""
-    start: Literal["absmax", "mean", "least-squares"] = "absmax"
-    """Scales to begin with: the largest weight is the last code; 2 mean|w| / sqrt(last code), LSQ's own; or the least
-    squared error."""
+    start: Literal["absmax", "mean", "least-squares", "calibrated"] = "absmax"
+    """Scales to begin with: the largest weight is the last code; 2 mean|w| / sqrt(last code), LSQ's own; the least
+    squared error; or the least error of what layers give on the run's first rows, where weights, too, make up for what
+    others lose by rounding (GPTQ's error feedback; before the first step, for decoders that run block by block)."""
     activations: Literal["none", "int8"] = "none"
     """int8: the linear layers' inputs are rounded, too, each token's by its own largest value."""
     train: Literal["all", "adapters", "scales"] = "all"

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from brim.checkpoints.decoder import FAMILIES
 from brim.errors import RecipeError
 from brim.memory import owners
 from brim.models import ModelSpec
@@ -207,6 +208,11 @@ def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
     classifies = recipe.task == "sequence-classification" and not spec.is_encoder_decoder
     if recipe.task != spec.task and not classifies:
         raise RecipeError(f'task = "{recipe.task}" does not go with {spec.name}; nearest: task = "{spec.task}"')
+    if recipe.calibrates and spec.model_type not in FAMILIES:
+        raise RecipeError(
+            f'qat.start = "calibrated" runs decoders block by block, of {", ".join(FAMILIES)}, and {spec.name} is '
+            f'{spec.model_type}; nearest: qat.start = "absmax"'
+        )
     kernels = attention_kernels(spec, task=recipe.task)
     if recipe.library.model == "transformers" and _transformers_name(recipe.memory.attention) not in kernels:
         raise RecipeError(

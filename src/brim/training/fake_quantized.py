@@ -34,7 +34,8 @@ def quantize_fake(model: PreTrainedModel, recipe: Recipe) -> None:
                 f"{type(model).__name__} holds its linear layers transposed, which no layout of integers does; "
                 'nearest: method = "full"'
             )
-        start = recipe.qat.start
+        # what calibration chooses it does when the data is there
+        start = "absmax" if recipe.qat.start == "calibrated" else recipe.qat.start
         return FakeQuantizedLinear(module, grid=grid, start=start, update=update, rounds_tokens=rounds_tokens)
 
     if not swap(model, match=inner_linears(model, recipe.task), make=make):

@@ -19,6 +19,7 @@ from brim.memory.measured import RealMeter, meter_for
 from brim.publish import alone, write_whole
 from brim.report import RunReport
 from brim.training.build import Workload, build
+from brim.training.calibrated_start import calibrate_start
 from brim.training.checkpoint import kept, load_checkpoint, save_checkpoint, wrong_weight
 from brim.training.dataset import DataSet
 from brim.training.ending import publish_model, report_of
@@ -84,6 +85,9 @@ def _run(job: Run, watch: Watch) -> RunReport:
                 torch.manual_seed(job.recipe.training.seed + job.ranks.data_rank)
             if job.recipe.has_teacher:
                 job = replace(job, data=_taught(job, workload, watch))
+            if job.recipe.calibrates:
+                # a run that goes on, too: checkpoints do not hold weights that are not trained
+                _calibrate(job, workload, meter)
             history = _resumed(job, workload)
             _train(job, workload, history, meter, watch)
         report = report_of(job, history)
@@ -114,6 +118,20 @@ def _taught(job: Run, workload: Workload, watch: Watch) -> DataSet:
         need_bytes=TEACHER_BYTES * job.recipe.qat.teacher_top * job.data.input_ids.numel(),
         watch=watch,
         ranks=job.ranks,
+    )
+
+
+def _calibrate(job: Run, workload: Workload, meter: RealMeter) -> None:
+    place = workplace_of(job.output)
+    place.mkdir(parents=True, exist_ok=True)
+    allocated_bytes, _ = History().measure(meter)
+    calibrate_start(
+        workload,
+        job.spec,
+        job.weights,
+        job.data,
+        scratch=place / f"calibration-{job.ranks.data_rank}",
+        room_bytes=None if job.cap_bytes is None else job.cap_bytes - allocated_bytes,
     )
 
 

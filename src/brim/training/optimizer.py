@@ -134,6 +134,13 @@ class Stepper:
         owners.claim("optimizer", self._optimizers[index].state[self._stepped(index)].values())
         owners.switch("activations")
 
+    def read_again(self) -> None:
+        """Master copies of parameters that another hand has written."""
+        with torch.no_grad():
+            for index, parameter in enumerate(self._parameters):
+                for master in self._copy(index):
+                    master.copy_(part_of(parameter))
+
     def discard_gradients(self) -> None:
         """Free them without a step."""
         if self._shares is not None:
