@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from brim.errors import RecipeError
 from brim.hardware import Device
-from brim.inference.packed import packer_of, rearrange
+from brim.inference.packed import packer_of, rearrange, settle
 from brim.inference.rehearsed import KV_CACHE, Written, check_room, rehearse_writing
 from brim.memory import owners
 from brim.memory.allocator import replay
@@ -334,10 +334,10 @@ def rehearse_inference(
 
 def written_trace(spec: ModelSpec, recipe: Recipe, writing: Writing, *, device: Device) -> Written:
     """What writing allocates with this recipe's weights and attention."""
-    return rehearse_writing(lambda: writer(spec, recipe), spec, writing, device=device)
+    return rehearse_writing(lambda: writer(spec, recipe, device=device), spec, writing, device=device)
 
 
-def writer(spec: ModelSpec, recipe: Recipe) -> PreTrainedModel:
+def writer(spec: ModelSpec, recipe: Recipe, *, device: Device | None = None) -> PreTrainedModel:
     """The model that writes, with the recipe's adapters where it has them; inside a fake mode, a fake one.
 
     What the model's files hold packed is packed here, as it is when they are loaded to generate.
@@ -347,7 +347,9 @@ def writer(spec: ModelSpec, recipe: Recipe) -> PreTrainedModel:
         model = base_model(recipe, spec)
     else:
         model = skeleton(spec, dtype=recipe.plain_format, attention=recipe.memory.attention, swap=packer)
-        rearrange(model)
+        # a GPU's fake tensors are a CPU's
+        arrange = rearrange if device is None or device.kind == "cpu" else settle
+        arrange(model)
     if recipe.adapts:
         add_lora(model, recipe)
     return model.eval()

@@ -159,6 +159,13 @@ def rearrange(model: nn.Module) -> None:
     prepare_one_token(model)
 
 
+def settle(model: nn.Module) -> None:
+    """Each weight as devices hold it that have no kernel for the order of a CPU."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.settle()
+
+
 def packing_of(format: str, inputs: int) -> Packing:
     """How this format holds weights of so many inputs. Raises UsageError for one that is not packed."""
     match format:

@@ -30,6 +30,7 @@ from brim.inference.generate import write
 from brim.memory import owners
 from brim.memory.cuda import cuda_kernels
 from brim.memory.fake import FakeWorld
+from brim.memory.scratch import scratch_bytes
 from brim.memory.trace import Trace
 from brim.models import ModelSpec
 from brim.recipe import Writing
@@ -79,6 +80,8 @@ def rehearse_writing(
     with FakeWorld() as world, owners.listening(world.meter), ExitStack() as stack:
         if device is not None and device.kind == "cuda":
             stack.enter_context(cuda_kernels(device, world.meter))
+        else:
+            world.meter.inside = scratch_bytes
         owners.switch("weights")
         model = make_model().eval()
         owners.claim("weights", [*model.parameters(), *model.buffers()])

@@ -15,8 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from brim.layers.int8_nibbles import IS_KNOWN_ORDER, OUTPUTS, Int8Nibbles, int4_product
 from brim.layers.packed_linear import PackedLinear
-from brim.layers.packing import Int4Kernel, Int8
+from brim.layers.packing import Int4Kernel, Int8, Packing, Tensors
 from brim.layers.products import has_int8_kernel
 
 Multiply = Callable[[Tensor], Tensor]
@@ -78,40 +79,42 @@ def prepare_one_token(model: nn.Module) -> None:
 
 
 def _can_join(layers: Sequence[PackedLinear]) -> bool:
-    alike = {(layer.in_features, layer.compute, layer.held["weight"].device) for layer in layers}
-    return len(alike) == 1 and all(_has_int8_kernel(layer) for layer in layers)
+    alike = {(layer.in_features, layer.compute, layer.packing, layer.held["weight"].device) for layer in layers}
+    if len(alike) > 1 or _kernel(layers[0]) is None:
+        return False
+    # rows of INT4 lie in whole blocks of the kernel's
+    return not isinstance(layers[0].packing, Int4Kernel) or (
+        IS_KNOWN_ORDER and all(layer.out_features % OUTPUTS == 0 for layer in layers)
+    )
 
 
 def _join(layers: Sequence[PackedLinear]) -> None:
     """Two tensors for all; at any time one set of layers is held twice."""
-    weight_RK, scale_R1 = (torch.cat([layer.held[name] for layer in layers]) for name in ("weight", "scale"))
-    rows = [layer.out_features for layer in layers]
-    for layer, codes, scale in zip(layers, weight_RK.split(rows), scale_R1.split(rows), strict=True):
-        layer.hold({"weight": codes, "scale": scale})
-    OneToken(layers, _int8(weight_RK, scale_R1))
+    first, rows = layers[0], [layer.out_features for layer in layers]
+    # scales are (R, 1), or (S, R, 2) for the INT4 kernel
+    dims = {"weight": 0, "scale": first.held["scale"].ndim - 2}
+    joined = {name: torch.cat([layer.held[name] for layer in layers], dim=dim) for name, dim in dims.items()}
+    codes, scales = (joined[name].split(rows, dim) for name, dim in dims.items())
+    for layer, weight, scale in zip(layers, codes, scales, strict=True):
+        layer.hold({"weight": weight, "scale": scale})
+    multiply = _multiply(first.packing, joined, first.compute)
+    assert multiply is not None
+    OneToken(layers, multiply)
 
 
 def _kernel(layer: PackedLinear) -> Multiply | None:
-    held = layer.held
-    if _has_int8_kernel(layer):
-        return _int8(held["weight"], held["scale"])
-    if isinstance(layer.packing, Int4Kernel):
-        return partial(_int4, held["weight"], layer.packing.group_size, held["scale"])
+    return _multiply(layer.packing, layer.held, layer.compute)
+
+
+def _multiply(packing: Packing, held: Tensors, compute: torch.dtype) -> Multiply | None:
+    if packing == Int8() and has_int8_kernel(held["weight"], compute):
+        return partial(_int8_product, held["weight"], held["scale"].view(-1))
+    if isinstance(packing, Int8Nibbles):
+        return partial(packing.product, held=held)
+    if isinstance(packing, Int4Kernel):
+        return partial(int4_product, weight=held["weight"], scale_SR2=held["scale"], group_size=packing.group_size)
     return None
-
-
-def _has_int8_kernel(layer: PackedLinear) -> bool:
-    plain = layer.packing == Int8()
-    return plain and has_int8_kernel(layer.held["weight"], layer.compute)
-
-
-def _int8(weight_RK: Tensor, scale_R1: Tensor) -> Multiply:
-    return partial(_int8_product, weight_RK, scale_R1.view(-1))
 
 
 def _int8_product(weight_RK: Tensor, scale_R: Tensor, input_1K: Tensor) -> Tensor:
     return torch._weight_int8pack_mm(input_1K, weight_RK, scale_R)
-
-
-def _int4(weight: Tensor, group_size: int, scale: Tensor, input_1K: Tensor) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu.default(input_1K, weight, group_size, scale)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brim.layers.packing import Packing, Tensors, rearranged
+from brim.layers.kernel_order import for_kernel, settled
+from brim.layers.packing import Packing, Tensors
 from brim.layers.products import Holds, product
 
 
@@ -82,9 +83,18 @@ class PackedLinear(nn.Linear):
         """Hold this weight from now on."""
         self.hold(self.packing.pack(weight_RK.to(self.compute)))
 
+    def settle(self) -> None:
+        """Hold the weight in a form of ours, if its file has it in one of others."""
+        self._hold_as(*settled(self.packing, self.held, self.compute))
+
     def rearrange(self) -> None:
         """Hold the weight in the order that a kernel of this device wants, if there is one."""
-        self.packing, held = rearranged(self.packing, self.held, self.out_features, self.in_features, self.compute)
+        # what an embedding holds as well stays in rows
+        if not self.is_tied:
+            self._hold_as(*for_kernel(self.packing, self.held, self.out_features, self.in_features, self.compute))
+
+    def _hold_as(self, packing: Packing, held: Tensors) -> None:
+        self.packing = packing
         for name in self.held.keys() - held.keys():
             del self._buffers[name]
         self.hold(held)

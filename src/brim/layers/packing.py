@@ -269,7 +269,7 @@ class Int4Kernel:
         # The order of the codes differs from processor to processor: the kernel alone knows it.
         identity_KK = torch.eye(inputs, dtype=torch.bfloat16, device=held["weight"].device)
         weight_KR = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            identity_KK, held["weight"], self.group_size, held["scale"]
+            identity_KK, held["weight"], self.group_size, held["scale"].contiguous()
         )
         return weight_KR.t().to(dtype).contiguous()
 
@@ -282,21 +282,6 @@ class Int4Kernel:
             "weight": torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles_RK, 1),
             "scale": torch.stack([scale_SR, torch.zeros_like(scale_SR)], dim=-1),
         }
-
-
-def rearranged(packing: Packing, held: Tensors, rows: int, inputs: int, dtype: torch.dtype) -> tuple[Packing, Tensors]:
-    """The same weight as a kernel wants it, where one wants it otherwise than files hold it."""
-    if isinstance(packing, Int8Words):
-        return packing.rearranged(), packing.rearrange(held)
-    if isinstance(packing, Int8Absmax):
-        return packing.rearranged(), packing.rearrange(held, dtype)
-    if isinstance(packing, Int8Shifted):
-        plain = packing.rearranged(held)
-        return plain, held if plain is packing else {name: held[name] for name in ("weight", "scale")}
-    if isinstance(packing, Int4) and Int4Kernel.fits(packing, rows, inputs, dtype) and not held["weight"].is_cuda:
-        kernel = Int4Kernel(group_size=packing.group_size)
-        return kernel, kernel.rearrange(held)
-    return packing, held
 
 
 def _times_groups(weight_RK: Tensor, scale_RS: Tensor) -> Tensor:

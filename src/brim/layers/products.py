@@ -4,6 +4,7 @@
   faster one up to some 16 rows; its FP32 and FP16 forms are 15 to 60 times slower, and with a K that is no multiple of
   16 it reads past the row's end (torch 2.13), so they are not used.
 - INT8 whose inputs are rounded, too: `_int_mm`, integers throughout.
+- INT8 as nibbles (`Int8Nibbles`), few rows of input: the INT4 kernel, faster still; more: unpacked without its scales.
 - INT4 whose words are in the CPU kernel's order (`Int4Kernel`): `_weight_int4pack_mm_for_cpu`.
 - All else, and everything on a GPU: the weight is made anew some rows at a time, and multiplied; never whole.
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from brim.layers.int8_nibbles import Int8Nibbles, int4_product
 from brim.layers.packing import Int4Kernel, Int8, Nf4, Packing, Tensors
 
 _FEW_ROWS = 16
@@ -57,10 +59,12 @@ def _product(input_TK: Tensor, packing: Packing, held: Tensors, rows: int, compu
             return _of_integers(input_TK, held, compute)
         if 0 < len(input_TK) <= _FEW_ROWS and has_int8_kernel(held["weight"], compute):
             return torch.ops.aten._weight_int8pack_mm(input_TK, held["weight"], held["scale"].view(-1))
+    if isinstance(packing, Int8Nibbles):
+        if 0 < len(input_TK) <= _FEW_ROWS:
+            return packing.product(input_TK, held)
+        return packing.product_by_blocks(input_TK, held, elements=_BLOCK_ELEMENTS)
     if isinstance(packing, Int4Kernel):
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            input_TK.contiguous(), held["weight"], packing.group_size, held["scale"]
-        )
+        return int4_product(input_TK.contiguous(), held["weight"], held["scale"], packing.group_size)
     return _by_blocks(input_TK, packing, held, rows, compute)
 
 

@@ -23,7 +23,7 @@ class StoredBase(StoredWeights):
         """INT8 in one form. INT4 keeps the order of its file: backward unpacks it."""
         for module in model.modules():
             if isinstance(module, PackedLinear) and isinstance(module.packing, _IN_FILES):
-                module.rearrange()
+                module.settle()
 
 
 def stored_base(recipe: Recipe, spec: ModelSpec, *, rehearsed: bool) -> StoredBase | None:

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from brim.layers import products
+from brim.layers.int8_nibbles import IS_KNOWN_ORDER, Int8Nibbles
 from brim.layers.packed_embedding import PackedEmbedding, tie
 from brim.layers.packed_linear import PackedLinear
 from brim.layers.packing import Fp8, Int4, Int4Kernel, Int8, Int8Words, Nf4, Packing
@@ -43,7 +44,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 @given(
     name=st.sampled_from(sorted(PACKINGS)),
     tokens=st.sampled_from([1, 2, 15, 16, 17, 40]),
-    rows=st.sampled_from([1, 7, 16, 33, 48]),
+    rows=st.sampled_from([1, 7, 16, 33, 48, 64, 192]),
     groups=st.integers(1, 4),
     dtype=st.sampled_from(list(PRECISION)),
     has_bias=st.booleans(),
@@ -109,6 +110,36 @@ def test_int4_goes_into_the_kernels_order_where_it_fits() -> None:
         layer = packed(Int4(group_size=32), weight_RK)
         layer.rearrange()
         assert isinstance(layer.packing, Int4)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_nibbles_multiply_every_code_exactly(tokens: int) -> None:
+    """For each of the codes, each place in a block and one input of all, the product is code x scale, rounded once."""
+    inputs = 256
+    codes_RK = torch.arange(128 * inputs).mul_(37).remainder_(255).sub_(127).to(torch.int8).view(128, inputs)
+    held = {"weight": codes_RK, "scale": random(128, 1, dtype=torch.bfloat16).abs()}
+    nibbles = Int8Nibbles().rearrange(held)
+    assert torch.equal(
+        Int8Nibbles().unpack(nibbles, 128, inputs, torch.bfloat16), Int8().unpack(held, 128, inputs, torch.bfloat16)
+    )
+    expected_KR = (codes_RK.float() * held["scale"].float()).t().bfloat16()
+    if IS_KNOWN_ORDER:
+        one_KK = torch.eye(inputs, dtype=torch.bfloat16)
+        found = [Int8Nibbles().product(one_TK, nibbles) for one_TK in one_KK.split(tokens)]
+        assert torch.equal(torch.cat(found), expected_KR)
+
+
+def test_int8_goes_into_nibbles_where_they_cost_little() -> None:
+    """Whole blocks of outputs and groups of inputs in BF16: no byte of codes more, and scales of at most an eighth."""
+    layer = packed(Int8(), random(64, 192, dtype=torch.bfloat16))
+    code_bytes = layer.held["weight"].nbytes
+    layer.rearrange()
+    assert isinstance(layer.packing, Int8Nibbles) == IS_KNOWN_ORDER
+    assert layer.held["weight"].nbytes == code_bytes and layer.held["scale"].nbytes <= code_bytes / 8
+    for weight_RK in (random(48, 192, dtype=torch.bfloat16), random(64, 96, dtype=torch.bfloat16), random(64, 192)):
+        layer = packed(Int8(), weight_RK)
+        layer.rearrange()
+        assert isinstance(layer.packing, Int8)
 
 
 def test_an_embedding_gives_its_unpacked_rows_and_is_its_head() -> None:
