@@ -65,6 +65,14 @@ _FSDP1 = ("foundation-model-stack/fms-acceleration", "AnswerDotAI/fsdp_qlora")
 """Through accelerate, and directly; both with reentrant checkpoints, which were the default."""
 
 
+_REENTRANT = (
+    "foundation-model-stack/fms-acceleration",
+    "AnswerDotAI/fsdp_qlora",
+    "QwenLM/Qwen@",
+    "modelscope/ms-swift",
+)
+
+
 _BEFORE_PEFT_11 = ("AnswerDotAI/fsdp_qlora", "QwenLM/Qwen@", "modelscope/ms-swift")
 _TORCHTUNE = ("pytorch/torchtune", "meta-pytorch/torchtune")
 
@@ -328,11 +336,17 @@ def _checkpointing(row: Row) -> list[str]:
         return ["memory.activation_checkpointing=full", "memory.offload=activations"]
     if text not in ("none", "full", "full (use_reentrant=False)"):
         raise Missing(f"activation checkpointing: {text or 'not said'}")
-    return [f"memory.activation_checkpointing={text.split()[0]}"]
+    found = [f"memory.activation_checkpointing={text.split()[0]}"]
+    # transformers 4's default (modeling_utils.py, gradient_checkpointing_enable); fsdp_qlora's command asks for it
+    reentrant = row["source_repo_or_paper"].startswith(_REENTRANT) and text == "full"
+    return [*found, "library.checkpoints=reentrant"] if reentrant else found
 
 
 def _attention(row: Row) -> list[str]:
     """`flash` is rehearsed as torch's own kernel of the same algorithm."""
+    # 4.45.2 (`_transformers_of`); the runs without Liger had 4.48.1, which reads grouped heads
+    if row["source_path_or_url"].endswith("_liger.csv"):
+        return ["library.heads=repeated"]
     if row["attention"] == "eager":
         return ["memory.attention=eager"]
     if not row["attention"].startswith(("sdpa", "flash")):
@@ -354,12 +368,12 @@ def _loss(row: Row) -> list[str]:
         whole = "brim" if row["compile"] == "no" else "transformers-4.50"
         return [f"library.loss={'torchtune' if text == 'CEWithChunkedOutputLoss' else whole}"]
     if text.startswith("fused linear CE"):
-        return ["memory.loss=chunked", "library.norm=fused"]
+        return ["memory.loss=chunked", "library.norm=fused", "library.rotary=in-place"]
     if "sequence classification" in row["method"]:
         return []
     loss = f"library.loss={_transformers_of(row)}"
     if text.startswith("fast CE"):
-        return [loss, "library.cross_entropy=in-place", "library.norm=fused"]
+        return [loss, "library.cross_entropy=in-place", "library.norm=fused", "library.rotary=in-place"]
     if text in ("no", ""):
         return [loss]
     raise Missing(f"loss: {text}")

@@ -6,9 +6,12 @@
    Ampere) keeps the same and accumulates dq; neither takes grouped heads with it: then scores are materialized.
 2. Dropout keeps a mask of booleans, not of numbers in the input's format.
 3. AdamW with states of 8 bits is one kernel.
-4. Each thread's cuBLAS handle takes a workspace at its first matrix product: forward's and the autograd engine's.
+4. Each thread's cuBLAS handle takes a workspace after the result of its first matrix product: forward's and the
+   autograd engine's.
 5. Autocast runs layer norms, softmax and cross-entropies in FP32, inputs and results (aten/autocast_mode.h, the
    operators listed for CUDA), which it does not on a CPU.
+6. Fused norms and turned queries are one kernel each, which allocates its results alone and in backward writes over
+   the gradient (unsloth, kernels/rms_layernorm.py and rope_embedding.py; Liger, ops/rms_norm.py).
 
 Ignored: others of that list (powers, sums), which models ask for in FP32 anyway.
 """
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from brim.hardware import Device
-from brim.layers import blockwise_adam
+from brim.layers import blockwise_adam, fused
 from brim.memory.constants import cublas_workspace_bytes
 from brim.memory.lifetimes import LifetimeMeter
 from brim.memory.trace import Trace
@@ -51,7 +54,8 @@ def cuda_kernels(device: Device, meter: LifetimeMeter) -> Iterator[None]:
         mock.patch("torch.nn.functional.dropout", _dropout),
         _widening(),
         mock.patch.object(blockwise_adam, "has_kernel", lambda device: True),
-        mock.patch.object(meter, "before", CublasWorkspaces(cublas_workspace_bytes(device), meter.trace)),
+        mock.patch.multiple(fused, norm=_norm, norm_backward=_norm_backward, turn=lambda *_: None),
+        mock.patch.object(meter, "inside", CublasWorkspaces(cublas_workspace_bytes(device), meter.trace)),
     ):
         yield
 
@@ -82,6 +86,16 @@ def _as_fp32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
 
 
+def _norm(hidden: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden), hidden.new_empty((*hidden.shape[:-1], 1), dtype=torch.float32)
+
+
+def _norm_backward(
+    gradient: Tensor, hidden: Tensor, weight_H: Tensor, rstd: Tensor, *, trains_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    return gradient, torch.empty_like(weight_H) if trains_weight else None
+
+
 class CublasWorkspaces:
     """Takes a workspace at the first matrix product of forward and at the first of backward, and keeps both.
 
@@ -93,12 +107,14 @@ class CublasWorkspaces:
         self._trace = trace
         self._threads: set[bool] = set()
 
-    def __call__(self, func: object) -> None:
+    def __call__(self, func: object, *_: object) -> int:
+        """Once the product has its result. Nothing more is needed while it runs."""
         if func in _PRODUCTS:
             backward = torch._C._current_graph_task_id() != -1
             if backward not in self._threads:
                 self._threads.add(backward)
                 self._trace.allocate(self._nbytes, "workspace")
+        return 0
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

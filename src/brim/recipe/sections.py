@@ -174,6 +174,14 @@ class Library:
     """bitsandbytes-0.42: a product's node keeps its input as long as the graph, and unpacks by way of FP16."""
     norm: Literal["operators", "fused"] = "operators"
     """fused: RMS norms keep their input as it is and one number a row, as Liger's and unsloth's kernels do."""
+    rotary: Literal["operators", "in-place"] = "operators"
+    """in-place: queries and keys are turned where they lie, and their gradients, as unsloth's kernel does."""
+    heads: Literal["grouped", "repeated"] = "grouped"
+    """repeated: keys and values are there for each query head until the block's attention is done, as in transformers'
+    Mistral and Mixtral to 4.47."""
+    checkpoints: Literal["brim", "reentrant"] = "brim"
+    """reentrant: what transformers 4 asks for unless it is told otherwise: a block's output lives while its backward
+    runs (training/checkpointing.py)."""
     activation: Literal["operators", "fused"] = "operators"
     """fused: gated feed-forwards keep gate and up and nothing between, as Liger's kernel and torch.compile do."""
     sharding: Literal["fsdp2", "fsdp1"] = "fsdp2"

@@ -19,6 +19,7 @@ from brim.models import ModelSpec
 from brim.models.skeleton import DTYPES, attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
+from brim.training.attention_blocks import alter_attention
 from brim.training.checkpointing import checkpoint_blocks
 from brim.training.copies import Shares
 from brim.training.fake_quantized import quantize_fake, scales_of
@@ -113,7 +114,8 @@ def build(
         model = _altered(base, recipe)
         summed = [] if divided is None else divide_matrices(base, recipe, divided)
         held = recipe.library.sharding == "fsdp1" and recipe.adapts and recipe.parallel.sharding != "none"
-        checkpoint_blocks(base, recipe.memory.activation_checkpointing, held=held)
+        reentrant = recipe.library.checkpoints == "reentrant"
+        checkpoint_blocks(base, recipe.memory.activation_checkpointing, reentrant=reentrant, held=held)
         if divided is not None and not divides_weights:
             base.to(place)  # what each has whole
         at_home = offload_blocks(base, recipe.memory, place, gathered=divides_weights)
@@ -162,6 +164,9 @@ def _altered(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         check_takes_positions(base)
     if recipe.library.norm == "fused":
         fuse_norms(base)
+    if recipe.library.rotary == "in-place" or recipe.library.heads == "repeated":
+        in_place, repeated = recipe.library.rotary == "in-place", recipe.library.heads == "repeated"
+        alter_attention(base, in_place=in_place, repeated=repeated)
     if recipe.library.activation == "fused":
         fuse_gates(base)
     if recipe.method == "qat":

@@ -4,6 +4,10 @@ Selective keeps what linears (and experts' grouped matmuls) give: by far the mos
 token's width. All else is cheap and recomputed: norms, activations, and attention, whose batched products over scores
 are not kept since those grow with the square of the length.
 
+Reentrant: the block first runs without a graph. In backward it runs again from inputs of its own, and a backward of its
+own goes through it, while its output and that output's gradient have names (torch/utils/checkpoint.py,
+`CheckpointFunction`); the embedded tokens must ask for a gradient, which stays until the step's graph is gone.
+
 Held: how adapters are trained under FSDP1 with reentrant checkpoints. To know when a frozen block may be freed, FSDP1
 hooks the gradient of the block's input (torch/distributed/fsdp/_runtime_utils.py,
 `_register_post_backward_reshard_only_hook`); a reentrant checkpoint makes that input a leaf, whose hook refers to the
@@ -26,17 +30,31 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 _KEPT = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._grouped_mm.default})
 
 
-def checkpoint_blocks(base: PreTrainedModel, kind: Literal["none", "selective", "full"], *, held: bool = False) -> None:
-    """Make the model's blocks run again in backward. Non-reentrant, unless held: frozen inputs (LoRA) need no hook, and
-    only what is used again is kept."""
+def checkpoint_blocks(
+    base: PreTrainedModel,
+    kind: Literal["none", "selective", "full"],
+    *,
+    reentrant: bool = False,
+    held: bool = False,
+) -> None:
+    """Make the model's blocks run again in backward. Non-reentrant by default: frozen inputs (LoRA) need no hook, and
+    only what is used again is kept. What is held is reentrant."""
     if kind == "none":
         return
-    settings: dict[str, Any] = {"use_reentrant": held}
+    reentrant = reentrant or held
+    settings: dict[str, Any] = {"use_reentrant": reentrant}
     if kind == "selective":
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    if reentrant:
+        base.get_input_embeddings().register_forward_hook(_ask_for_gradient)
     if held:
         _hold_inputs(base)
+
+
+def _ask_for_gradient(_: nn.Module, __: object, embedded_BTH: Tensor) -> None:
+    """Else reentrant checkpoints of frozen blocks would have no backward."""
+    embedded_BTH.requires_grad_(True)
 
 
 def _hold_inputs(base: PreTrainedModel) -> None:
@@ -44,7 +62,6 @@ def _hold_inputs(base: PreTrainedModel) -> None:
     handles: list[RemovableHandle] = []
 
     def hook_embedded(_: nn.Module, __: object, embedded_BTH: Tensor) -> None:
-        embedded_BTH.requires_grad_(True)  # else reentrant checkpoints of frozen blocks would have no backward
         embedded_BTH.register_hook(lambda _: remove())
 
     def remove() -> None:

@@ -1,12 +1,14 @@
 """RMS norms that keep what fused kernels keep (Liger, unsloth): the input in its own format, one FP32 number a row.
 
-transformers writes the norm in operators, which keep the input once more in FP32. Shapes: N rows, H hidden size.
+transformers writes the norm in operators, which keep the input once more in FP32. Shapes: H hidden size.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from brim.layers import fused
 
 
 def fuse_norms(model: nn.Module) -> None:
@@ -27,18 +29,12 @@ def _forward(module: Any) -> Any:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-        rstd = (hidden.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        out, rstd = fused.norm(hidden, weight_H, epsilon)
         ctx.save_for_backward(hidden, weight_H, rstd)
-        return (weight_H * (hidden * rstd).to(hidden.dtype)).to(hidden.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight_H, rstd = ctx.saved_tensors
-        gradient = gradients[0].float()
-        normed = hidden.float() * rstd
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (gradient * normed).flatten(0, -2).sum(0).to(weight_H.dtype)
-        gradient = gradient * weight_H
-        gradient = (gradient - normed * (gradient * normed).mean(-1, keepdim=True)) * rstd
-        return gradient.to(hidden.dtype), grad_weight, None
+        trains_weight = ctx.needs_input_grad[1]
+        return (*fused.norm_backward(gradients[0], hidden, weight_H, rstd, trains_weight=trains_weight), None)

@@ -32,6 +32,7 @@ def generation_loss(
 
     transformers-16bit: logits copied for the shift and never upcast (modeling_gpt2.py, modeling_gpt_bigcode.py, 4.x).
     transformers-4.40: logits rebound to FP32, copied for the shift (modeling_mistral.py to 4.45; modeling_granite.py).
+    Both in the model's own forward, while what it gave its head has a name.
     transformers-4.46: the same, while the caller holds the 16-bit ones (loss/loss_utils.py, ForCausalLMLoss, to 4.49).
     transformers-4.50 (and later): labels are shifted instead.
     held: transformers-4.50, with the model's output bound to a name while backward runs.
@@ -42,7 +43,10 @@ def generation_loss(
     """
     cross_entropy = _CROSS_ENTROPIES[kind]
     if name in ("transformers-16bit", "transformers-4.40"):
+        given: list[Tensor] = []
+        hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, tensors: given.extend(tensors))
         logits_BTV = model(**inputs).logits
+        hook.remove()
         if name == "transformers-4.40":
             logits_BTV = logits_BTV.float()
         total = _shifted_logits(logits_BTV, labels_BT, cross_entropy).float()
