@@ -65,12 +65,7 @@ _FSDP1 = ("foundation-model-stack/fms-acceleration", "AnswerDotAI/fsdp_qlora")
 """Through accelerate, and directly; both with reentrant checkpoints, which were the default."""
 
 
-_REENTRANT = (
-    "foundation-model-stack/fms-acceleration",
-    "AnswerDotAI/fsdp_qlora",
-    "QwenLM/Qwen@",
-    "modelscope/ms-swift",
-)
+_REENTRANT = (*_FSDP1, "QwenLM/Qwen@", "modelscope/ms-swift")
 
 
 _BEFORE_PEFT_11 = ("AnswerDotAI/fsdp_qlora", "QwenLM/Qwen@", "modelscope/ms-swift")

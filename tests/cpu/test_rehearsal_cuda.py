@@ -28,6 +28,15 @@ def predicted(recipe: Recipe, device: Device) -> Prediction:
 
 LORA = ("method=lora", 'lora.targets=["q_proj","k_proj","v_proj","o_proj"]', "library.adapters=fp32")
 
+FAST = ("library.cross_entropy=in-place", "library.norm=fused", "library.rotary=in-place")
+LIKE_4_45 = (
+    "library.loss=transformers-4.40",
+    "library.autocast=true",
+    "library.heads=repeated",
+    "library.checkpoints=reentrant",
+    "lora.dropout=0.1",
+)
+
 
 @pytest.mark.parametrize(
     ("settings", "published"),
@@ -35,8 +44,9 @@ LORA = ("method=lora", 'lora.targets=["q_proj","k_proj","v_proj","o_proj"]', "li
         ((), 72_434_837_504),
         (LORA, 26_704_571_904),
         ((*LORA, "library.cross_entropy=in-place", "library.norm=fused"), 24_473_332_736),
+        ((*LORA, *FAST, *LIKE_4_45), 23_530_188_288),
     ],
-    ids=["full", "lora", "lora, fast kernels"],
+    ids=["full", "lora", "lora, fast kernels", "lora, fast kernels, transformers 4.45"],
 )
 def test_a_published_run_is_predicted(settings: tuple[str, ...], published: int) -> None:
     """Mistral-7B on an A100, 4 x 4096, checkpointing: allocated as fms-acceleration@876e2ed6 published it, +-0.01 %."""
