@@ -48,7 +48,6 @@ _PROJECTIONS = {
              "w2": ["gate_proj"]},
 }  # fmt: skip
 
-
 _LITGPT_TARGETS = {
     "q": "query", "k": "key", "v": "value", "o": "projection", "mlp": "mlp", "lm_head": "head",
 }  # fmt: skip
@@ -60,17 +59,13 @@ _DROPOUT = {
     "foundation-model-stack/fms-acceleration": 0.1,
 }
 
-
 _FSDP1 = ("foundation-model-stack/fms-acceleration", "AnswerDotAI/fsdp_qlora")
 """Through accelerate, and directly; both with reentrant checkpoints, which were the default."""
 
-
 _REENTRANT = (*_FSDP1, "QwenLM/Qwen@", "modelscope/ms-swift")
-
 
 _BEFORE_PEFT_11 = ("AnswerDotAI/fsdp_qlora", "QwenLM/Qwen@", "modelscope/ms-swift")
 _TORCHTUNE = ("pytorch/torchtune", "meta-pytorch/torchtune")
-
 
 _CONTEXT_BYTES = 1343 * 2**20
 """model_memory_anatomy.md: occupied before there is a model, all kernels loaded (CUDA 11.2, lazy from 11.7 on)."""
