@@ -47,7 +47,6 @@ _PROJECTIONS = {
     "qwen": {"c_attn": ["q_proj", "k_proj", "v_proj"], "c_proj": ["o_proj", "down_proj"], "w1": ["up_proj"],
              "w2": ["gate_proj"]},
 }  # fmt: skip
-
 _LITGPT_TARGETS = {
     "q": "query", "k": "key", "v": "value", "o": "projection", "mlp": "mlp", "lm_head": "head",
 }  # fmt: skip
@@ -334,9 +333,8 @@ def _checkpointing(row: Row) -> list[str]:
 
 def _attention(row: Row) -> list[str]:
     """`flash` is rehearsed as torch's own kernel of the same algorithm."""
-    # 4.45.2 (`_transformers_of`); the runs without Liger had 4.48.1, which reads grouped heads
     if row["source_path_or_url"].endswith("_liger.csv"):
-        return ["library.heads=repeated"]
+        return ["library.heads=repeated"]  # 4.45.2 (`_transformers_of`); 4.48.1 of the others reads grouped heads
     if row["attention"] == "eager":
         return ["memory.attention=eager"]
     if not row["attention"].startswith(("sdpa", "flash")):
