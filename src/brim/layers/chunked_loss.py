@@ -83,16 +83,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             weight_VH = head.weight.detach().to(dtype)
             for start in range(0, hidden_NH.shape[0], size):
                 rows = slice(start, start + size)
-                hidden_CH = hidden_NH[rows].to(dtype)
                 said = None if soft is None else soft.mapped(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
                 target = partial(cross_entropy, labels_N=labels_N[rows], soft=said, share=share)
-                loss, grad_CV = _loss_and_gradient(hidden_CH, weight_VH, head.bias, target, finish, learns)
-                total += loss * scale
-                if grad_NH is not None and grad_CV is not None:
-                    grad_CV *= scale
-                    grad_NH[rows] = grad_CV @ weight_VH
-                    _add_head_gradient(head, grad_CV, hidden_CH)
-                del loss, grad_CV
+                grad_CH = None if grad_NH is None else grad_NH[rows]
+                _add_chunk(hidden_NH[rows], weight_VH, head, target, finish, scale, total, grad_CH)
         if grad_NH is not None:
             ctx.save_for_backward(grad_NH)
         return total
@@ -101,6 +95,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NH,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad_NH, None, None, None, None, None, None, None
+
+
+def _add_chunk(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    head: nn.Linear,
+    target: Callable[[Tensor], Tensor],
+    finish: Finish,
+    scale: float,
+    total: Tensor,
+    grad_CH: Tensor | None,
+) -> None:
+    """Add the chunk's loss to `total`; into `grad_CH` its gradient by the hidden states (None: nothing learns)."""
+    hidden_CH = hidden_CH.to(weight_VH.dtype)
+    loss, grad_CV = _loss_and_gradient(hidden_CH, weight_VH, head.bias, target, finish, grad_CH is not None)
+    total += loss * scale
+    if grad_CH is not None and grad_CV is not None:
+        grad_CV *= scale
+        grad_CH.copy_(grad_CV @ weight_VH)
+        _add_head_gradient(head, grad_CV, hidden_CH)
 
 
 def _loss_and_gradient(

@@ -23,6 +23,7 @@ ways, each mended here; tests hold fake and real peaks equal for every lever and
 10. Waiting for a collective gives the tensor itself; of a fake one, another.
 """
 
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,12 +47,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 import brim
+from brim.memory.again import Again
 from brim.memory.lifetimes import LifetimeMeter, PlainMode, is_sharded
 
 _LARGEST_KNOWN = 2**22
 """Elements. Above it (a batch's full attention mask, say) values are not followed: nothing asks for them."""
 _NOT_ASKING = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 """Frames between who reads a number and the operator that reads it: the modes of this module, and torch."""
+_PIECES = (
+    "brim.layers.packed_linear:_unpacked", "brim.layers.chunked_loss:_add_chunk", "brim.layers.products:_put_block",
+)  # fmt: skip
+"""Of which two runs of a kind are run (`memory.again`)."""
 _ONES = torch.ops.aten.ones.default
 
 
@@ -62,6 +68,7 @@ class FakeWorld:
         self._mode = FakeTensorMode()
         self._known = KnownIntegers()
         self.meter = LifetimeMeter()
+        self._again = Again(self.meter)
         self._stack = ExitStack()
 
     def __enter__(self) -> "FakeWorld":
@@ -81,6 +88,9 @@ class FakeWorld:
         self._stack.enter_context(
             mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", _shape_of_the_whole)
         )
+        for piece in _PIECES:
+            again = self._again.of(pkgutil.resolve_name(piece))
+            self._stack.enter_context(mock.patch(piece.replace(":", "."), again))
         # Last, hence the first to see an operator: it counts references, and each mode below adds some.
         self._stack.enter_context(AccumulateInPlace())
         return self

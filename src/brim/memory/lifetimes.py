@@ -7,7 +7,8 @@ is a block that ends and another that begins.
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ class PlainMode(TorchDispatchMode):
         return False
 
 
+class OperatorListener(Protocol):
+    """Told each of the device's operators, its arguments and its result after it ran."""
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None: ...
+
+    def apart(self) -> AbstractContextManager[object]:
+        """What it is told inside the block, beside what it was told before."""
+
+    def add(self, work: object) -> None:
+        """The same as in such a block once more."""
+
+
 class LifetimeMeter(PlainMode):
     """Counts the bytes of every storage born inside the `with` block, by owner."""
 
@@ -38,8 +51,8 @@ class LifetimeMeter(PlainMode):
         self.trace = Trace()
         self.before: Callable[[Any], None] | None = None
         """Told each operator before it runs; None: nobody asks."""
-        self.after: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
-        """Told each of the device's operators, its arguments and its result after it ran; None: nobody asks."""
+        self.after: OperatorListener | None = None
+        """None: nobody asks."""
         self.inside: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int] | None = None
         """Says how much more than its outputs an operator needs while it runs; None: nothing."""
         self.working: Callable[[], str] | None = None
@@ -98,7 +111,24 @@ class LifetimeMeter(PlainMode):
         """Where what is allocated now is counted."""
         return self.trace.host if self._on_host and self.trace.host is not None else self.trace
 
-    def _stream(self) -> int:
+    @property
+    def state(self) -> tuple[str, bool, bool]:
+        """What decides where an operator's memory is counted, and who hears of it."""
+        return self._line, self._on_host, self.after is None
+
+    def block_of(self, tensor: Tensor) -> Block | None:
+        """Of the tensor's storage; None: the meter has not met it."""
+        return self._blocks.get(_key(storage_of(tensor)))
+
+    def allocate(self, nbytes: int, line: str) -> Block:
+        """A block in the device's memory that no tensor stands for."""
+        block = self.trace.allocate(nbytes, line, self.stream)
+        if self.working is not None:
+            block.module = self.working()
+        return block
+
+    @property
+    def stream(self) -> int:
         """The stream that works now, counted as they come: a CPU's are names, which sharding's engine keeps apart."""
         now = torch.cpu.current_stream()
         if now not in self._streams:
@@ -114,7 +144,7 @@ class LifetimeMeter(PlainMode):
         if key in self._blocks:
             return
         trace = self._place
-        self._blocks[key] = block = trace.allocate(storage.nbytes(), self._line, self._stream())
+        self._blocks[key] = block = trace.allocate(storage.nbytes(), self._line, self.stream)
         if self.working is not None:
             block.module = self.working()
         self._watches[key] = weakref.ref(storage, lambda _: self._forget(key, trace))
@@ -131,7 +161,7 @@ class LifetimeMeter(PlainMode):
         if key in self._blocks:
             before = self._blocks[key]
             self.trace.free(before)
-            self._blocks[key] = block = self.trace.allocate(storage.nbytes(), before.line, self._stream())
+            self._blocks[key] = block = self.trace.allocate(storage.nbytes(), before.line, self.stream)
             block.module = before.module
 
     def stop(self) -> None:

@@ -10,6 +10,7 @@ Ignored: what reading and preparing a batch takes, and that a tensor may still b
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -46,6 +47,16 @@ class StepWork:
     passes: dict[tuple[Pass, Format, int], float] = field(default_factory=lambda: defaultdict(float))
     """Bytes by kind, format and size of the largest tensor."""
     num_operators: int = 0
+
+    def add(self, other: "StepWork") -> None:
+        """The other's operators, too."""
+        for shape, flops in other.products.items():
+            self.products[shape] += flops
+        for direction, flops in other.attention.items():
+            self.attention[direction] += flops
+        for kind, nbytes in other.passes.items():
+            self.passes[kind] += nbytes
+        self.num_operators += other.num_operators
 
     def seconds(self, rates: OperatorRates) -> float:
         """On a device of these rates."""
@@ -127,6 +138,21 @@ class OperatorMeter:
     def start(self) -> None:
         """Forget what was seen: a step begins."""
         self.work = StepWork()
+
+    @contextmanager
+    def apart(self) -> Iterator[StepWork]:
+        """What is seen inside the block, alone; after it, with what was seen before."""
+        before, self.work = self.work, StepWork()
+        try:
+            yield self.work
+        finally:
+            before.add(self.work)
+            self.work = before
+
+    def add(self, work: object) -> None:
+        """What `apart` gave, once more."""
+        assert isinstance(work, StepWork)
+        self.work.add(work)
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         name = func.overloadpacket.__name__
