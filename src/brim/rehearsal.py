@@ -59,7 +59,7 @@ def rehearse(
     """
     meter = OperatorMeter()
     trace = rehearse_trace(spec, recipe, device=device, operators=meter, whole_run=True)
-    peak, ledger = peak_on(device, trace, recipe)
+    peak, ledger, _, moments = _peak_on(device, trace, recipe)
     seconds, basis = _step_time(spec, recipe, device, meter.work)
     return Prediction(
         model=spec.name,
@@ -75,7 +75,7 @@ def rehearse(
         method="rehearsal",
         error_band=_error_band(spec, recipe, device, risk),
         reasons=(*recipe.warnings(), *_offload_in_vain(recipe, device)),
-        moments=_moments_on(device, trace),
+        moments=tuple(Moment(name=name, allocated_bytes=nbytes) for name, nbytes in moments),
     )
 
 
@@ -102,25 +102,22 @@ def _offload_in_vain(recipe: Recipe, device: Device) -> list[str]:
     return []
 
 
-def _moments_on(device: Device, trace: Trace) -> tuple[Moment, ...]:
-    peaks = trace.moment_peaks() if device.kind == "cpu" else replay(trace).moments
-    return tuple(Moment(name=name, allocated_bytes=nbytes) for name, nbytes in peaks)
-
-
 def peak_on(device: Device, trace: Trace, recipe: Recipe) -> tuple[Peak, Ledger]:
     """A trace's peaks on a device, and the ledger of the highest."""
-    peak, ledger, _ = _peak_on(device, trace, recipe)
+    peak, ledger, *_ = _peak_on(device, trace, recipe)
     return peak, ledger
 
 
-def _peak_on(device: Device, trace: Trace, recipe: Recipe) -> tuple[Peak, Ledger, int]:
-    """A trace's peaks on a device, the ledger of the highest (allocated on a CPU, device on a GPU), and when that was.
+def _peak_on(device: Device, trace: Trace, recipe: Recipe) -> tuple[Peak, Ledger, int, Sequence[tuple[str, int]]]:
+    """A trace's peaks on a device, the ledger of the highest (allocated on a CPU, device on a GPU), when that was, and
+    the allocated peaks of the run's moments.
 
     On a GPU the lines are those of the moment of the allocated peak; what the allocator reserved beyond the bytes
     that were then in use (at any time: it keeps what it has) is `fragmentation`, and NCCL's buffers are `context`.
     """
     if device.kind == "cpu":
-        return Peak(allocated_bytes=trace.peak_bytes), trace.peak_ledger(), trace.peak_index
+        peak = Peak(allocated_bytes=trace.peak_bytes)
+        return peak, trace.peak_ledger(), trace.peak_index, trace.moment_peaks()
     context = context_bytes(device) + nccl_bytes(group_sizes(recipe))
     held = replay(trace, limit_bytes=device.memory_bytes - context)
     ledger = trace.ledger_at(held.peak_index)
@@ -131,7 +128,7 @@ def _peak_on(device: Device, trace: Trace, recipe: Recipe) -> tuple[Peak, Ledger
         host_bytes=None if trace.host is None else trace.host.peak_bytes,
     )
     whole = replace(ledger, context=context, fragmentation=held.reserved_bytes - ledger.total)
-    return peak, whole, held.peak_index
+    return peak, whole, held.peak_index, held.moments
 
 
 def rehearse_trace(
@@ -276,7 +273,7 @@ def _conclude(workload: Workload, batches: Sequence[Batch], trace: Trace) -> Non
 def rehearse_modules(spec: ModelSpec, recipe: Recipe, *, device: Device) -> tuple[ModuleRow, ...]:
     """Bytes by module at the peak, the largest first; together the prediction's ledger. The whole model is run."""
     trace = rehearse_trace(spec, recipe, device=device, by_module=True, whole_run=True)
-    _, ledger, index = _peak_on(device, trace, recipe)
+    _, ledger, index, _ = _peak_on(device, trace, recipe)
     return rows_at(trace, index, ledger)
 
 
@@ -302,7 +299,7 @@ def rehearse_inference(
     writing = Writing(batch_size=recipe.micro_batch_size, context=recipe.seq_len, new_tokens=new_tokens)
     check_room(spec, writing)
     written = written_trace(spec, recipe, writing, device=device)
-    peak, ledger, index = _peak_on(device, written.trace, recipe)
+    peak, ledger, index, _ = _peak_on(device, written.trace, recipe)
     seconds = writing_time(
         spec,
         recipe,

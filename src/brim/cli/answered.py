@@ -1,6 +1,7 @@
 """The exact prediction of a recipe, from the answers that were kept or rehearsed now: torch is imported only then."""
 
 from brim import answers
+from brim.cli.starting import quick_imports
 from brim.hardware import Device
 from brim.models import ModelSpec
 from brim.recipe import Recipe
@@ -21,7 +22,8 @@ def rehearsed(
     key = answers.question(spec, recipe, device, risk=risk, new_tokens=new_tokens)
     if not anew and (kept := answers.recall(key, recipe, device, budget_bytes=budget_bytes)) is not None:
         return kept
-    from brim.rehearsal import rehearse, rehearse_inference
+    with quick_imports():
+        from brim.rehearsal import rehearse, rehearse_inference
 
     if new_tokens is None:
         found = rehearse(spec, recipe, device=device, budget_bytes=budget_bytes, risk=risk)
