@@ -4,7 +4,8 @@ Every model x full, LoRA and QLoRA x three settings of levers, one device. What 
 line by line, by the model's architecture and the settings, so a run that was stopped goes on and a new key of recipes
 discards nothing; after a change of what rehearsals say, `--fresh`. The closed form is told anew each time. A family
 without a row in `memory.anatomy` is told by its rough form, which promises no such accuracy, and stands in a table of
-its own. The smallest model of each family comes first, then the others by their layers.
+its own. Each setting is rehearsed for all models before the next: the smallest model of each family first, then the
+others by their layers.
 
     closed_form.py [--place runs/closed_form] [--docs] [--told] [--fresh] [MODEL ...]
 """
@@ -22,7 +23,6 @@ from brim.errors import BrimError
 from brim.memory.closed_form import closed_form
 from brim.memory.rough import closed_form_knows, rough
 from brim.models import ModelSpec, catalogue, describe
-from brim.planning.constraints import num_positions
 from brim.recipe import Recipe
 from brim.rehearsal import rehearse_trace
 
@@ -88,7 +88,7 @@ def recipes(spec: ModelSpec) -> Iterator[tuple[str, str, Recipe]]:
     """(method, levers, recipe) of each cell that can run."""
     for method, chosen in METHODS.items():
         for lever, (rows, tokens, settings) in LEVERS.items():
-            base = Recipe(model=spec.name, task=spec.task, seq_len=min(tokens, num_positions(spec) or tokens))
+            base = Recipe(model=spec.name, task=spec.task, seq_len=min(tokens, spec.num_positions or tokens))
             wanted = [f"micro_batch_size={rows}", f"memory.attention={spec.attention}", *chosen, *settings]
             try:
                 yield method, lever, base.with_settings(wanted)
@@ -104,14 +104,14 @@ def cheap_first(names: Sequence[str]) -> list[ModelSpec]:
 
 
 def cells(names: Sequence[str], kept: Kept, *, rehearses: bool) -> Iterator[Cell]:
-    """What is not kept yet is rehearsed, or left out; cheap ones first."""
-    for spec in cheap_first(names):
-        for method, lever, recipe in recipes(spec):
-            key = key_of(spec, recipe)
-            if key not in kept and rehearses:
-                kept.put(key, {"cell": f"{spec.name} {method} {lever}", "bytes": _exact(spec, recipe)})
-            if key in kept and (exact := kept[key]["bytes"]):
-                yield Cell(spec=spec, method=method, lever=lever, recipe=recipe, exact=exact)
+    """What is not kept yet is rehearsed, or left out: of each setting and method all models, cheap ones first."""
+    asked = [(spec, *named) for spec in cheap_first(names) for named in recipes(spec)]
+    for spec, method, lever, recipe in sorted(asked, key=lambda cell: (list(LEVERS).index(cell[2]), cell[1] == "full")):
+        key = key_of(spec, recipe)
+        if key not in kept and rehearses:
+            kept.put(key, {"cell": f"{spec.name} {method} {lever}", "bytes": _exact(spec, recipe)})
+        if key in kept and (exact := kept[key]["bytes"]):
+            yield Cell(spec=spec, method=method, lever=lever, recipe=recipe, exact=exact)
 
 
 def _exact(spec: ModelSpec, recipe: Recipe) -> int | None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from brim.models import ModelSpec, catalogue, describe
 from brim.models.count import count_from_config
+from brim.models.read_weights import read_linears
 from brim.models.skeleton import skeleton
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -97,3 +98,27 @@ def test_catalogue_counts_are_those_of_the_built_model(alias: str) -> None:
         model = auto.from_config(config)
     head = 0 if entry.tied_head or not is_tied(model) else model.get_input_embeddings().weight.numel()
     assert model.num_parameters() + head == entry.num_parameters
+
+
+@pytest.mark.parametrize(("family", "padding"), [("roberta", 1), ("xlm-roberta", 0), ("camembert", 3), ("bert", 0)])
+def test_the_longest_row_has_all_positions_but_those_of_padding(family: str, padding: int) -> None:
+    """transformers runs a row of `num_positions` tokens; one of a token more finds no position."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 48, "max_position_embeddings": 21}
+    config = {"model_type": family, "pad_token_id": padding, **COMMON, **sizes}
+    spec = ModelSpec(name=family, kind="directory", config=config, num_parameters=1, tied_head=True)
+    model = skeleton(spec, dtype="fp32", attention="sdpa", task="masked-lm")
+    assert spec.num_positions is not None
+    row = torch.full((1, spec.num_positions), 5)
+    assert model(input_ids=row).logits.shape[1] == spec.num_positions
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, spec.num_positions + 1), 5))
+
+
+def test_a_weight_that_is_read_and_never_called_is_found() -> None:
+    """Of Mamba's linear layers one is multiplied by hand; Bloom's are called, and read where a setting wants it."""
+    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 48, "state_size": 4}
+    bloom = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 48}
+    for config, found in ((mamba, ["backbone.layers.0.mixer.dt_proj"]), (bloom, [])):
+        spec = ModelSpec(name="m", kind="directory", config=config, num_parameters=1, tied_head=True)
+        with torch.device("meta"):
+            assert list(read_linears(skeleton(spec, dtype="fp32", attention="eager"))) == found

@@ -8,6 +8,7 @@ import typer
 
 from brim.cli import console, costs, curves, limits, options, picture, planned
 from brim.cli.answered import rehearsed
+from brim.cli.starting import uncollected
 from brim.hardware.catalogue import lookup
 from brim.memory.bands import DEFAULT_RISK
 from brim.models import ModelSpec, describe
@@ -135,7 +136,8 @@ def _search(
             free = format_bytes(offer.device.memory_free_bytes)
             console.note(f"only {free} are free now, less than the budget")
     if quick:
-        return plan(spec, offers, rehearse=None, constraints=constraints, goal=goal, risk=risk)
+        with uncollected():  # thousands of recipes are all kept, and looking through them took a twentieth of the time
+            return plan(spec, offers, rehearse=None, constraints=constraints, goal=goal, risk=risk)
     with console.progress(f"Rehearsing finalists for {spec.name}") as progress:
         return plan(
             spec,

@@ -1,4 +1,4 @@
-"""A quicker start for verbs that need torch."""
+"""A quicker start for verbs: what the collector of garbage and torch's compiler need not do."""
 
 import gc
 import os
@@ -9,6 +9,18 @@ _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
 @contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside the block nothing looks for garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
 def quick_imports() -> Iterator[None]:
     """Inside the block only libraries are imported: the collector waits, and what they decorate is not compiled.
 
@@ -16,16 +28,14 @@ def quick_imports() -> Iterator[None]:
     collector does not look at them again, either. Another tenth went into loading torch's compiler, for functions that
     bitsandbytes 0.50.2 compiles where its own library is missing; they run as they are written.
     """
-    collects, setting = gc.isenabled(), os.environ.get(_NO_COMPILER)
-    gc.disable()
+    setting = os.environ.get(_NO_COMPILER)
     os.environ[_NO_COMPILER] = "1"
     try:
-        yield
+        with uncollected():
+            yield
+            gc.freeze()
     finally:
         if setting is None:
             del os.environ[_NO_COMPILER]
         else:
             os.environ[_NO_COMPILER] = setting
-        gc.freeze()
-        if collects:
-            gc.enable()

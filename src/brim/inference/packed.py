@@ -27,6 +27,7 @@ from brim.layers.packing import Fp8, Int4, Int8, Int8Absmax, Int8Shifted, Int8Wo
 from brim.layers.swap import swap
 from brim.models import ModelSpec
 from brim.models.quiet import quiet_transformers
+from brim.models.read_weights import read_linears
 from brim.models.skeleton import DTYPES, skeleton
 from brim.models.spec import TensorSpec
 from brim.numerics.formats import FORMATS as NUMBER_FORMATS
@@ -96,9 +97,11 @@ class PackAll:
         self._stored.swap(model)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         kept, below = set(model._keep_in_fp32_modules or ()), linears_below(head, model)
+        read = set(read_linears(model))
 
         def match(name: str, module: nn.Module) -> bool:
-            return (below(name, module) or are_packable(module)) and not kept & set(name.split("."))
+            packs = below(name, module) or are_packable(module)
+            return packs and name not in read and not kept & set(name.split("."))
 
         swap(model, match=match, make=self._packed)
         if type(embedding) is nn.Embedding and type(head) is nn.Linear and not model.config.is_encoder_decoder:

@@ -45,9 +45,9 @@ def check_room(spec: ModelSpec, writing: Writing) -> None:
     """Raises UsageError where the model has no position for the last token, or writes nothing."""
     if spec.task not in ("causal-lm", "seq2seq-lm"):
         raise UsageError(f"{spec.name} is a {spec.model_type}: it writes no text; name a causal model")
-    positions = spec.config.get("max_position_embeddings") or spec.config.get("n_positions")
+    positions = spec.num_positions
     needed = writing.context + (0 if spec.is_encoder_decoder else writing.new_tokens)
-    if positions and needed > int(positions):
+    if positions and needed > positions:
         raise UsageError(
             f"{writing.context} tokens read and {writing.new_tokens} written pass the {positions} positions of "
             f"{spec.name}; ask for fewer (--context, --new-tokens)"

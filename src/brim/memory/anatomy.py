@@ -6,6 +6,7 @@ against `ModelSpec.num_parameters`. A family is one row; how a block's forward k
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from brim.errors import UsageError, did_you_mean
@@ -163,8 +164,27 @@ class Anatomy:
         return self.num_norms(block) * self._norm + widths[self.family.qk_norm] + routes
 
 
+class _Same:
+    """A model by identity: its config is no key, and is not changed once it has been described."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+
+    def __hash__(self) -> int:
+        return id(self.spec)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.spec is self.spec
+
+
 def anatomy(spec: ModelSpec) -> Anatomy:
     """The parts of a model. Raises UsageError for a family without a row."""
+    return _anatomy(_Same(spec))
+
+
+@lru_cache(maxsize=16)  # a search asks a thousand times of a few
+def _anatomy(same: _Same) -> Anatomy:
+    spec = same.spec
     family = FAMILIES.get(spec.model_type)
     if family is None:
         raise UsageError(

@@ -6,6 +6,12 @@ ENCODERS = frozenset({
 })  # fmt: skip
 """They read in both directions and fill in masked tokens."""
 
+AFTER_PADDING = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+"""Positions are counted from the padding's index on, so that as many rows of their table, and one, have no token."""
+
 EAGER_ONLY = frozenset({
     "big_bird", "bigbird_pegasus", "bloom", "codegen", "convbert", "cpmant", "deberta", "deberta-v2", "deepseek_v4",
     "falcon_mamba", "flaubert", "flint", "fnet", "fsmt", "funnel", "gemma2", "git", "got_ocr2", "gpt_neo",

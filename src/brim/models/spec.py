@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brim.errors import ModelFileError
-from brim.models.families import EAGER_ONLY, ENCODERS, FULL_LOSS_ONLY
+from brim.models.families import AFTER_PADDING, EAGER_ONLY, ENCODERS, FULL_LOSS_ONLY
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"]
 
@@ -131,6 +131,15 @@ class ModelSpec:
         return self.first(
             "intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", default=4 * self.hidden_size
         )
+
+    @property
+    def num_positions(self) -> int | None:
+        """Tokens of the longest row that the model was made for, if its config says."""
+        rows = self.first("max_position_embeddings", "n_positions", default=0)
+        if rows and self.model_type in AFTER_PADDING:
+            padding = self.config.get("pad_token_id")
+            return rows - 1 - (1 if padding is None else int(padding))
+        return rows or None
 
     @property
     def vocab_size(self) -> int:

@@ -9,7 +9,7 @@ from brim.errors import RecipeError, UsageError
 from brim.memory.bands import DEFAULT_RISK
 from brim.memory.tensor import can_divide
 from brim.models.spec import ModelSpec
-from brim.planning.constraints import Constraints, check, check_base, num_positions, value_of
+from brim.planning.constraints import Constraints, check, check_base, value_of
 from brim.planning.estimate import closed_form_band, published_band
 from brim.planning.offers import Offer
 from brim.planning.ranking import Candidate, Kind
@@ -115,7 +115,7 @@ def candidates_of(
 
 def base_recipe(spec: ModelSpec, constraints: Constraints) -> Recipe:
     """The user's settings over the planner's defaults."""
-    seq_len = constraints.seq_len or min(_DEFAULT_SEQ_LEN, num_positions(spec) or _DEFAULT_SEQ_LEN)
+    seq_len = constraints.seq_len or min(_DEFAULT_SEQ_LEN, spec.num_positions or _DEFAULT_SEQ_LEN)
     recipe = Recipe(
         model=spec.name,
         task=spec.task,
@@ -159,7 +159,7 @@ def derived(spec: ModelSpec, constraints: Constraints) -> dict[str, str]:
     """Settings that the planner fills in without searching, each with why."""
     recipe, reasons = base_recipe(spec, constraints), {}
     if constraints.seq_len is None and "seq_len" not in constraints.pinned:
-        positions = num_positions(spec)
+        positions = spec.num_positions
         limit = f"all positions that {spec.name} knows" if positions == recipe.seq_len else "a usual row of text"
         reasons["seq_len"] = f"{recipe.seq_len}: {limit}; --seq-len changes it"
     if spec.attention == "eager" and "memory.attention" not in constraints.pinned:

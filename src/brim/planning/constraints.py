@@ -46,11 +46,6 @@ class Constraints:
         )
 
 
-def num_positions(spec: ModelSpec) -> int | None:
-    """Positions that the model was made for, if its config says."""
-    return spec.first("max_position_embeddings", "n_positions", default=0) or None
-
-
 def value_of(recipe: Recipe, key: str) -> Any:
     """What a recipe holds under a dotted key."""
     value: Any = recipe
@@ -83,7 +78,7 @@ def check_base(spec: ModelSpec, base: Recipe, constraints: Constraints) -> None:
 
 def _check_length(spec: ModelSpec, base: Recipe) -> None:
     """A model with relative positions (T5) has none that a longer row would miss."""
-    positions = num_positions(spec)
+    positions = spec.num_positions
     if positions is None or "relative_attention_num_buckets" in spec.config or base.seq_len <= positions:
         return
     raise UsageError(

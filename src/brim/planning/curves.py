@@ -7,7 +7,6 @@ from brim.errors import RecipeError
 from brim.hardware.device import Device
 from brim.memory.bands import DEFAULT_RISK
 from brim.models.spec import ModelSpec
-from brim.planning.constraints import num_positions
 from brim.planning.estimate import estimate
 from brim.recipe import Recipe
 from brim.report import Prediction
@@ -96,7 +95,7 @@ def _spread(recipe: Recipe, count: int) -> Iterator[str]:
 
 def _lengths(spec: ModelSpec) -> Iterator[int]:
     """Multiples of 64 as far as the model has positions."""
-    most = min(num_positions(spec) or _LONGEST, _LONGEST)
+    most = min(spec.num_positions or _LONGEST, _LONGEST)
     return (64 * count for count in _doublings(1, most // 64))
 
 

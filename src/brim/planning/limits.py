@@ -11,7 +11,7 @@ from typing import Any
 from brim.hardware.device import Device
 from brim.memory.bands import DEFAULT_RISK
 from brim.models.spec import ModelSpec
-from brim.planning.constraints import Constraints, num_positions
+from brim.planning.constraints import Constraints
 from brim.planning.estimate import estimate
 from brim.planning.scale import Scale, considered
 from brim.recipe import Recipe
@@ -64,7 +64,7 @@ def limits(
 ) -> Limits:
     """Of this device for the longest row and the largest batch; of `models` the largest, of `devices` the smallest."""
     alone = replace(constraints, global_batch_size=None)
-    reach = min(num_positions(spec) or _LONGEST, _LONGEST)
+    reach = min(spec.num_positions or _LONGEST, _LONGEST)
     scale = Scale(spec, device, risk)
 
     def rows(recipe: Recipe, number: int) -> Recipe:
@@ -111,7 +111,7 @@ def _largest_model(
 
 
 def _known_length(spec: ModelSpec, constraints: Constraints) -> int | None:
-    positions = num_positions(spec)
+    positions = spec.num_positions
     return constraints.seq_len and min(constraints.seq_len, positions or constraints.seq_len)
 
 

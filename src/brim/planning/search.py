@@ -28,7 +28,7 @@ Rehearse = Callable[[Recipe, Offer], Prediction]
 NUM_FINALISTS = 3
 """Rehearsed; more where none of them fits."""
 MAX_REHEARSALS = 12
-_LISTED = 50
+_LISTED = 25
 """Recipes that fit, and that do not, of which a plan holds whole predictions."""
 
 

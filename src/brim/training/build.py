@@ -224,8 +224,8 @@ def check_recipe_fits_model(recipe: Recipe, spec: ModelSpec) -> None:
             f'memory.attention = "{recipe.memory.attention}" cannot run: transformers has none for the family '
             f'{spec.model_type!r}; nearest: memory.attention = "{kernels[0]}"'
         )
-    positions = spec.config.get("max_position_embeddings") or spec.config.get("n_positions")
-    if positions and spec.task == "causal-lm" and recipe.seq_len > int(positions):
+    positions = spec.num_positions
+    if positions and not spec.is_encoder_decoder and recipe.seq_len > positions:
         raise RecipeError(
             f"seq_len = {recipe.seq_len} is past the {positions} positions that {spec.name} knows; "
             f"nearest: seq_len = {positions}"

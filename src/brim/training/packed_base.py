@@ -15,15 +15,16 @@ from brim.layers.packed_loading import loading
 from brim.layers.packed_model import fill, packed_module
 from brim.layers.packing import Int4, Int8, Nf4, Packing
 from brim.layers.swap import swap
+from brim.models.read_weights import read_linears
 from brim.models.skeleton import DTYPES
 from brim.recipe import Precision, Recipe
 from brim.training.linears import inner_linears
 
 
 class PackedBase:
-    """Which modules are packed and how. Left alone, as bitsandbytes leaves them: the head, weights that are shared,
-    and what the family keeps in FP32 (T5's `wo`); and, with a warning, experts that are laid out in a way of their own
-    (gpt-oss).
+    """Which modules are packed and how. Left alone, as bitsandbytes leaves them: the head, weights that are shared, and
+    what the family keeps in FP32 (T5's `wo`). Besides, weights that it reads without calling their layer (Mamba's
+    `dt_proj`); and, with a warning, experts that are laid out in a way of their own (gpt-oss).
     """
 
     renamed: Mapping[str, str] = {}
@@ -37,11 +38,13 @@ class PackedBase:
     def swap(self, model: PreTrainedModel) -> None:
         """Raises RecipeError where there is nothing to pack."""
         kept, inner = set(model._keep_in_fp32_modules or ()), inner_linears(model, self._task)
+        read = set(read_linears(model))
         if self._library.model == "litgpt":
             inner = _any_linear  # Fabric's plugin puts its class in the place of nn.Linear's, the head's too
 
         def match(name: str, module: nn.Module) -> bool:
-            return (inner(name, module) or are_packable(module)) and not kept & set(name.split("."))
+            packs = inner(name, module) or are_packable(module)
+            return packs and name not in read and not kept & set(name.split("."))
 
         if not swap(model, match=match, make=self._packed):
             raise RecipeError(
