@@ -116,16 +116,19 @@ class Anatomy:
     caps_logits: bool
     table_ranks: int = 1
     """Devices that share the rows of embedding and head; each gathers all logits."""
+    embedding_width: int
+    """Of a token's row; where it is not the blocks', a linear layer turns it into theirs, and one turns it back."""
+    ends_in_norm: bool = True
 
     @property
     def embedding_parameters(self) -> int:
         """The token embedding alone; an untied head has as many again."""
-        return self.vocab_size * self.hidden_size // self.table_ranks
+        return self.vocab_size * self.embedding_width // self.table_ranks
 
     @property
     def embedding_gradients(self) -> int:
         """Elements of its gradient: where its rows are shared, DTensor's backward makes those of all rows."""
-        return self.vocab_size * self.hidden_size
+        return self.vocab_size * self.embedding_width
 
     @property
     def block_linear_parameters(self) -> int:
@@ -133,12 +136,16 @@ class Anatomy:
 
     @property
     def norm_parameters(self) -> int:
-        return sum(stack.num_blocks * self._block_norms(stack.block) + self._norm for stack in self.stacks)
+        return sum(
+            stack.num_blocks * self._block_norms(stack.block) + self.ends_in_norm * self._norm for stack in self.stacks
+        )
 
     @property
     def num_parameters(self) -> int:
         """Distinct parameters: the sum of the parts."""
         tables = self.num_position_rows * self.hidden_size
+        if self.embedding_width != self.hidden_size:
+            tables += 2 * self.embedding_width * self.hidden_size
         buckets = sum(self.num_bias_buckets * stack.block.attentions[0].num_heads for stack in self.stacks)
         embeddings = self.embedding_parameters * (1 if self.tied_head else 2)
         embeddings += self.vocab_size * self.family.head_bias + self._norm * self.family.embedding_norm
@@ -217,6 +224,8 @@ def _anatomy(same: _Same) -> Anatomy:
         caps_scores=bool(spec.config.get("attn_logit_softcapping", family.softcaps)),
         caps_logits=bool(spec.config.get("final_logit_softcapping", family.softcaps)),
         table_ranks=int(spec.config.get(TABLE_RANKS, 1)),
+        embedding_width=spec.first("word_embed_proj_dim", default=spec.hidden_size),
+        ends_in_norm=bool(spec.config.get("do_layer_norm_before", True)),
     )
 
 
