@@ -100,7 +100,7 @@ def recipe_of(
 
 def default_recipe(spec: ModelSpec, source: str, *, new_tokens: int = 0) -> Recipe:
     """What a model is trained by where nobody says otherwise: the best kernels and loss that its family has."""
-    positions = int(spec.config.get("max_position_embeddings") or spec.config.get("n_positions") or 1024)
+    positions = spec.num_positions or 1024
     own = [f"memory.attention={spec.attention}", f"memory.loss={spec.loss}", f"num_labels={spec.num_labels}"]
     try:
         recipe = Recipe(model=source, task=spec.task, seq_len=max(2, min(1024, positions - new_tokens)))
