@@ -7,7 +7,7 @@ gets any of some ten codes. Here a part of the parameter is stepped at a time, a
 """
 
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -105,18 +105,14 @@ def _by_operators(
     decay: float,
     by_chance: bool,
 ) -> None:
-    """What bitsandbytes' kernels do, operator by operator."""
+    """What bitsandbytes' kernels do: decode, torch's AdamW in FP32, encode."""
     first_N, second_N = _decoded(state, 1, maps.signed), _decoded(state, 2, maps.unsigned)
-    gradient_N = gradient_N.float()
-    first_N.mul_(_BETAS[0]).add_(gradient_N, alpha=1 - _BETAS[0])
-    second_N.mul_(_BETAS[1]).addcmul_(gradient_N, gradient_N, value=1 - _BETAS[1])
-    del gradient_N
     weight_N = flat_N.float()
-    denominator_N = second_N.sqrt().div_(sqrt(1 - _BETAS[1] ** step)).add_(_EPSILON)
-    if decay > 0:
-        weight_N.mul_(1 - rate * decay)
-    weight_N.addcdiv_(first_N, denominator_N, value=-rate / (1 - _BETAS[0] ** step))
-    del denominator_N
+    torch._fused_adamw_(
+        [weight_N], [gradient_N.float()], [first_N], [second_N], [],
+        [torch.full((), step, dtype=torch.float32, device=flat_N.device)],
+        lr=rate, beta1=_BETAS[0], beta2=_BETAS[1], weight_decay=decay, eps=_EPSILON, amsgrad=False, maximize=False,
+    )  # fmt: skip
     if weight_N.dtype != flat_N.dtype:
         flat_N.copy_(round_by_chance(weight_N, noise_like(weight_N)) if by_chance else weight_N)
     del weight_N

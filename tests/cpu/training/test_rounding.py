@@ -30,6 +30,17 @@ def test_each_number_becomes_a_neighbour_and_their_mean_is_it() -> None:
     assert torch.equal(round_by_chance(stays.clone(), noise_like(stays)), stays)
 
 
+def test_any_two_elements_are_rounded_independently() -> None:
+    """Over 4,000 draws the chances of a matrix's elements, in one row, one column or neither, are uniform and
+    uncorrelated within five deviations, in both halves."""
+    torch.manual_seed(0)
+    draws = torch.stack([noise_like(torch.empty(2, 3)).flatten() for _ in range(4000)])
+    for half in (draws & 0xFFFF, draws >> 16 & 0xFFFF):
+        chances = half.double() / 2**16
+        assert bool(((chances.mean(0) - 0.5).abs() < 5 * (1 / 12 / 4000) ** 0.5).all())
+        assert bool((chances.T.corrcoef() - torch.eye(6)).abs().max() < 5 / 4000**0.5)
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_small_updates_add_up(name: Literal["adamw", "adamw8bit"], in_backward: bool) -> None:
