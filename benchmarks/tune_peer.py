@@ -85,9 +85,7 @@ def main(name: str, path: str) -> None:
     with open(path, encoding="utf-8") as file:  # noqa: PTH123 - as its users do
         job = json.load(file)
     torch.set_num_threads(job["threads"])
-    rows = [{"input_ids": ids, "labels": ids} for ids in job["input_ids"]]
-    if name == "sft":
-        rows = [{"input_ids": ids} for ids in job["input_ids"]]
+    rows = [{"input_ids": ids, "labels": own} for ids, own in zip(job["input_ids"], job["labels"], strict=True)]
     with CpuMeter() as meter:
         model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
         model.config.use_cache = False

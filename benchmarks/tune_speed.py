@@ -107,11 +107,14 @@ def ours(recipe: Recipe, data: DataSet, weights: Path) -> Result:
 
 def peer(name: str, recipe: Recipe, data: DataSet, weights: Path, place: Path) -> Result | str:
     """The other trainer's run over the rows that Brim's steps have; or why there is none."""
-    rows = [row for step in range(STEPS) for batch in data.step_batches(recipe, step) for row in batch.input_ids]
+    batches = [batch for step in range(STEPS) for batch in data.step_batches(recipe, step)]
+    # A label of ours is the next token, one of theirs the token itself; where a row is not full, neither has one.
+    labels = [[-100, *row[:-1].tolist()] for batch in batches for row in batch.labels]
     job = {
         "model": str(weights), "place": str(place / "out"), "steps": STEPS, "rows": recipe.micro_batch_size,
         "learning_rate": recipe.optimizer.learning_rate, "seed": recipe.training.seed, "threads": THREADS,
-        "rank": recipe.lora.rank, "alpha": recipe.lora.alpha, "input_ids": [row.tolist() for row in rows],
+        "rank": recipe.lora.rank, "alpha": recipe.lora.alpha, "labels": labels,
+        "input_ids": [row.tolist() for batch in batches for row in batch.input_ids],
     }  # fmt: skip
     path = place / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
