@@ -53,12 +53,11 @@ def learn(outcomes: Sequence[Outcome], path: Path) -> None:
     """The errors of rows that say which counter was read, as `brim.memory.bands` reads them."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kind_of_run", "kind", "id", "error"])
+        writer.writerow(["kind_of_run", "kind", "source", "id", "error"])
         for outcome in outcomes:
             if outcome.row["memory_kind"] != "unspecified":
-                writer.writerow(
-                    [outcome.kind_of_run, outcome.row["memory_kind"], outcome.row["id"], f"{outcome.excess:.5f}"]
-                )
+                told = outcome.told
+                writer.writerow([told.kind_of_run, told.counter, told.source, outcome.row["id"], f"{told.excess:.5f}"])
 
 
 def predict_all(rows: Sequence[Row], kept: Path | None = None) -> tuple[list[Outcome], Counter[str]]:

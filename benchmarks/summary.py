@@ -6,7 +6,7 @@ from statistics import fmean, median
 
 from benchmarks.published import Row
 
-from brim.memory.bands import DEFAULT_RISK, Errors, band
+from brim.memory.bands import DEFAULT_RISK, Excess, band
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +24,14 @@ class Outcome:
     """What other tools' rules say, bytes by tool."""
 
     @property
-    def excess(self) -> float:
-        """measured / predicted - 1, what bands are learned from."""
-        return self.measured_bytes / self.predicted_bytes - 1
+    def told(self) -> Excess:
+        """What bands are learned from."""
+        return Excess(
+            kind_of_run=self.kind_of_run,
+            counter=self.row["memory_kind"],
+            source=self.source,
+            excess=self.measured_bytes / self.predicted_bytes - 1,
+        )
 
     @property
     def source(self) -> str:
@@ -87,28 +92,23 @@ def by_kind(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Summary]]:
 
 def above_bounds(outcomes: Sequence[Outcome], *, risk: float = DEFAULT_RISK) -> tuple[float, float]:
     """Share of rows measured above their upper bound: learned from all rows, and from those of other sources alone."""
-    rows = [outcome for outcome in outcomes if outcome.row["memory_kind"] != "unspecified"]
+    rows = [outcome.told for outcome in outcomes if outcome.row["memory_kind"] != "unspecified"]
     if not rows:
         return 0.0, 0.0
-    learned = _by_kind_of_run(rows)
-    apart = {
-        source: _by_kind_of_run([row for row in rows if row.source != source])
-        for source in {row.source for row in rows}
-    }
-    inside = fmean(_is_above(row, learned, risk) for row in rows)
-    outside = fmean(_is_above(row, apart[row.source], risk) for row in rows) if len(apart) > 1 else inside
-    return inside, outside
+    sources = {row.source for row in rows}
+    inside = _share_above(rows, rows, risk)
+    if len(sources) == 1:
+        return inside, inside
+    apart = [
+        ([row for row in rows if row.source == source], [row for row in rows if row.source != source])
+        for source in sources
+    ]
+    return inside, sum(len(own) * _share_above(own, others, risk) for own, others in apart) / len(rows)
 
 
-def _is_above(outcome: Outcome, learned: Errors, risk: float) -> bool:
-    return outcome.excess > band(learned, outcome.kind_of_run, risk=risk)[1]
-
-
-def _by_kind_of_run(outcomes: Sequence[Outcome]) -> Errors:
-    found: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        found.setdefault(outcome.kind_of_run, []).append(outcome.excess)
-    return found
+def _share_above(rows: Sequence[Excess], learned: Sequence[Excess], risk: float) -> float:
+    highest = {kind: band(learned, kind, risk=risk)[1] for kind in {row.kind_of_run for row in rows}}
+    return fmean(row.excess > highest[row.kind_of_run] for row in rows)
 
 
 def to_dict(summaries: Mapping[str, Mapping[str, Summary]]) -> dict[str, dict[str, float]]:

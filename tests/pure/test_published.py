@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brim.errors import UsageError
-from brim.memory.bands import band, gpu_band, kind_of_run
+from brim.memory.bands import Excess, band, gpu_band, kind_of_run
 from brim.recipe import Recipe
 from brim.units import GIB
 
@@ -80,16 +80,42 @@ def test_a_band_holds_the_errors_it_was_learned_from(settings: list[str]) -> Non
     assert all(wide[0] <= narrow[0] <= 0 <= narrow[1] <= wide[1] for wide, narrow in pairwise(bands))
 
 
-def test_a_kind_with_few_rows_has_the_band_of_a_wider_kind() -> None:
-    """A kind's own five errors decide; with four, those of all kinds that begin with what is left of its name."""
-    few, wide = [0.1, 0.1, 0.1, 0.1], [0.5, 0.6]
-    learned = {"full, transformers, sharded": few, "full, transformers": wide, "lora, transformers": [9.0]}
-    assert band(learned, "full, transformers, sharded", risk=0) == (0, 0.6)
-    assert band(learned | {"full, transformers, sharded": [*few, 0.2]}, "full, transformers, sharded", risk=0) == (
+def told(kind: str, source: str, *errors: float, counter: str = "reserved") -> list[Excess]:
+    return [Excess(kind_of_run=kind, counter=counter, source=source, excess=error) for error in errors]
+
+
+def test_a_kind_that_one_source_told_has_the_band_of_a_wider_kind() -> None:
+    """Five rows of two sources decide; else all kinds that begin with what is left of the kind's name."""
+    own = told("full, transformers, sharded", "a", 0.1, 0.1, 0.1, 0.1, 0.1)
+    wide = told("full, transformers", "b", 0.5, 0.6) + told("lora, transformers", "b", 9.0)
+    assert band([*own, *wide], "full, transformers, sharded", risk=0) == (0, 0.6)
+    second = told("full, transformers, sharded", "b", -0.2)
+    assert band([*own, *wide, *second], "full, transformers, sharded", risk=0) == (-0.2, 0.1)
+    assert band([*own, *wide], "packed, litgpt", risk=0) == (0, 9.0)
+
+
+def test_what_lives_does_not_tell_what_a_card_holds() -> None:
+    """A kind whose second source read live bytes alone is told by one alone; where nobody read more, they must do."""
+    held = told("lora, transformers", "a", *[0.2] * 5)
+    live = told("lora, transformers", "b", *[0.0] * 5, counter="allocated")
+    others = told("full, transformers", "b", 0.3)
+    assert band([*held, *live, *others], "lora, transformers", risk=0) == (0, 0.3)
+    assert band([*live, *told("lora, transformers", "c", 0.01, counter="active")], "lora, transformers", risk=0) == (
         0,
-        0.2,
+        0.01,
     )
-    assert band(learned, "packed, litgpt", risk=0) == (0, 9.0)
+
+
+@given(
+    worst=st.lists(st.floats(-0.5, 1), min_size=5, max_size=30),
+    others=st.lists(st.floats(-0.5, 1), min_size=5, max_size=90),
+    risk=st.sampled_from([0.0, 0.02, 0.1, 0.3]),
+)
+def test_a_source_with_many_rows_outvotes_no_other(worst: list[float], others: list[float], risk: float) -> None:
+    """Of each source, however many rows the other has, at most the risk's share lies above the bound."""
+    _, high = band([*told("full", "a", *worst), *told("full", "b", *others)], "full", risk=risk)
+    for errors in (worst, others):
+        assert sum(error > high for error in errors) <= risk * len(errors)
 
 
 def test_a_risk_is_a_share() -> None:
