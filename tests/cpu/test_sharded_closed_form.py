@@ -36,6 +36,13 @@ _CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         _LLAMA, (*_FOUR, "parallel.sharding=zero3", "seq_len=32", "method=lora", "memory.loss=chunked",
                  "memory.activation_checkpointing=full"),
     ),
+    "packed codes": (
+        _LLAMA, (*_FOUR, "parallel.sharding=zero2", "seq_len=64", "method=qlora", "precision.weights=int8",
+                 "memory.loss=chunked"),
+    ),
+    "packed codes, gathered block by block": (
+        _LLAMA, (*_FOUR, "parallel.sharding=zero3", "seq_len=32", "method=qlora", "precision.weights=nf4"),
+    ),
     "a tied head, two nodes": (
         _GPT2, ("parallel.devices_per_node=2", "parallel.nodes=2", "parallel.sharding=hsdp", "seq_len=64"),
     ),

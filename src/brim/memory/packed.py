@@ -32,6 +32,12 @@ def _matrix_bytes(inputs: int, outputs: int, precision: Precision) -> int:
             return (numel + 1) // 2 + scales + _TABLES[0]
 
 
+def code_bytes(linear: Linear, precision: Precision) -> int:
+    """Of them the codes alone, which sharding divides; what belongs to them stays whole on each device."""
+    bits = 8 if precision.weights == "int8" else 4
+    return linear.experts * linear.fused * ((linear.inputs * (linear.outputs // linear.fused) * bits + 7) // 8)
+
+
 def packed_linears(parts: Anatomy) -> list[tuple[int, Linear]]:
     """(how many there are, the layer) of each that a packed base packs: what the family keeps in FP32 is left alone."""
     return [

@@ -16,9 +16,10 @@ gradients reduced in FP32.
 from dataclasses import dataclass, replace
 
 from brim.memory import kept
-from brim.memory.anatomy import anatomy
+from brim.memory.anatomy import Linear, Stack, anatomy
 from brim.memory.closed_form import closed_form, moments
 from brim.memory.kept import ELEMENT_BYTES, FP32, Terms
+from brim.memory.packed import code_bytes, packed_bytes, packed_linears
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Parallel, Recipe
@@ -86,7 +87,7 @@ class Sharded:
 
     def at_start(self) -> Ledger:
         """The rest, as it was received and as it is laid out, and the first blocks on their way."""
-        gathered = self.terms.weight_bytes * (2 * self.rest + min(2, self.num_blocks) * self.block)
+        gathered = 2 * self.terms.weight_bytes * self.rest + min(2, self.num_blocks) * self.block_bytes
         waiting = self.divided(self.trained) if self.recipe.grad_accumulation > 1 else 0
         return self.ledger(gathered=gathered, gradients=waiting)
 
@@ -123,7 +124,7 @@ class Sharded:
         self, *, activations: int = 0, loss: int = 0, gradients: int = 0, gathered: int = 0, workspace: int = 0
     ) -> Ledger:
         return Ledger(
-            weights=self.stored_bytes * (self.spec.num_parameters + self.adapters) // self.ranks,
+            weights=self.weights,
             optimizer=self.states // self.ranks,
             activations=activations,
             loss=loss,
@@ -140,7 +141,7 @@ class Sharded:
             blocks = 1 if name.startswith("first block") else self.num_blocks
         else:
             blocks = 2 if "block" in name else 1
-        return self.terms.weight_bytes * (self.rest + min(blocks, self.num_blocks) * self.block)
+        return self.terms.weight_bytes * self.rest + min(blocks, self.num_blocks) * self.block_bytes
 
     def rest_gradients(self, *, both: bool) -> int:
         """Of the head from its backward on, of the embedding at the very end; not divided before backward ends."""
@@ -155,6 +156,20 @@ class Sharded:
     @property
     def stored_bytes(self) -> int:
         return FP32 if self.recipe.plain_format == "fp32" else self.terms.weight_bytes
+
+    @property
+    def weights(self) -> int:
+        """This rank's share; what belongs to packed codes (scales) is whole on each."""
+        plain, codes, whole = self.spec.num_parameters + self.adapters, 0, 0
+        for count, linear in self._packed:
+            plain -= count * linear.num_weights
+            codes += count * code_bytes(linear, self.recipe.precision)
+            whole += count * packed_bytes(linear, self.recipe.precision)
+        return (self.stored_bytes * plain + codes) // self.ranks + whole - codes
+
+    @property
+    def _packed(self) -> list[tuple[int, Linear]]:
+        return packed_linears(self.terms.parts) if self.terms.packed else []
 
     @property
     def adapters(self) -> int:
@@ -185,11 +200,24 @@ class Sharded:
     @property
     def block(self) -> int:
         """Parameters of the largest block, adapters counted in."""
-        t = self.terms
-        return max(
-            sum(line.num_parameters for line in stack.block.linears) + t.adapter_parameters(stack.block)
-            for stack in t.parts.stacks
-        )
+        return max(self._block_parameters(stack) for stack in self.terms.parts.stacks)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of it, gathered: packed codes as they are."""
+        t, precision = self.terms, self.recipe.precision
+        packed = [linear for _, linear in self._packed]
+        largest = 0
+        for stack in t.parts.stacks:
+            codes = [linear for linear in stack.block.linears if linear in packed]
+            plain = self._block_parameters(stack) - sum(linear.num_weights for linear in codes)
+            nbytes = t.weight_bytes * plain + sum(code_bytes(linear, precision) for linear in codes)
+            largest = max(largest, nbytes)
+        return largest
+
+    def _block_parameters(self, stack: Stack) -> int:
+        adapters = self.terms.adapter_parameters(stack.block)
+        return sum(line.num_parameters for line in stack.block.linears) + adapters
 
     @property
     def block_gradients(self) -> int:

@@ -78,9 +78,7 @@ def _moments(spec: ModelSpec, recipe: Recipe) -> list[Ledger]:
 def closed_form_band(spec: ModelSpec, recipe: Recipe) -> tuple[float, float]:
     """Relative error, low and high, of the closed form that knows this recipe best."""
     parallel = recipe.parallel
-    divided = parallel.data_ranks > 1 and not parallel.copies_weights
-    # the closed form of a sharded step knows no packed base
-    if not rough.closed_form_knows(spec, recipe) or (divided and recipe.precision.packed):
+    if not rough.closed_form_knows(spec, recipe):
         return rough.ERROR_BAND
     return sharded.ERROR_BAND if parallel.data_ranks > 1 else closed_form.ERROR_BAND
 

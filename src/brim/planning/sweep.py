@@ -90,8 +90,6 @@ class Sweep:
         if parallel.copies_weights:
             one = replace(alone, parallel=Parallel())
             return self._whole(spec, one, batches, shards=parallel.state_shards, least_turns=2)
-        if alone.precision.packed:
-            return (self._asked(with_batch(kind, batch)) for batch in batches)
         return self._divided(spec, alone, batches)
 
     def _whole(
