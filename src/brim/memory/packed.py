@@ -14,10 +14,11 @@ _TABLES = 64, 1024 + 4
 def packed_bytes(linear: Linear, precision: Precision) -> int:
     """All that holds a layer's weight, each expert's matrices by themselves, and its scales in the compute format."""
     outputs = linear.outputs // linear.fused
-    return linear.experts * linear.fused * _matrix_bytes(linear.inputs, outputs, precision)
+    return linear.experts * linear.fused * matrix_bytes(linear.inputs, outputs, precision)
 
 
-def _matrix_bytes(inputs: int, outputs: int, precision: Precision) -> int:
+def matrix_bytes(inputs: int, outputs: int, precision: Precision) -> int:
+    """Codes of one matrix, and what belongs to them."""
     numel, scale = inputs * outputs, 4 if precision.compute == "fp32" else 2
     match precision.weights:
         case "int8":

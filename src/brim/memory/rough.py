@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from brim.memory import scan
 from brim.memory.families import FAMILIES
 from brim.memory.mixture import Mixture, mixture
+from brim.memory.packed import matrix_bytes
 from brim.memory.states import state_cost
 from brim.models.spec import ModelSpec
 from brim.recipe import Recipe
@@ -19,9 +20,6 @@ ERROR_BAND = (-0.5, 1.0)
 
 _CHUNK_BYTES = 3 * 32 * 2**20
 """Logits, their FP32 copy and their gradient, of one chunk of the chunked loss."""
-
-_PACKED_BITS = {"nf4": 5, "int4": 5, "int8": 9}
-"""Of an element of a packed base, scales and norms counted in."""
 
 
 def closed_form_knows(spec: ModelSpec, recipe: Recipe) -> bool:
@@ -111,7 +109,7 @@ class _Parts:
         packed = max(0, self.spec.num_parameters - self.tables) if self.recipe.precision.packed else 0
         if packed and self.mixture is not None and self.mixture.has_own_layout:
             packed -= self.mixture.num_blocks * self.mixture.num_weights
-        held = packed * _PACKED_BITS.get(self.recipe.precision.weights, 0) // 8
+        held = matrix_bytes(packed, 1, self.recipe.precision) if packed else 0  # as if all were one matrix
         return self.weight_bytes * (self.spec.num_parameters - packed + adapters) + held
 
     @property
