@@ -190,7 +190,7 @@ def choose_scales(weight_RK: Tensor, power_KK: Tensor, integers: Integers) -> Te
 class Moments:
     """Second moments of the inputs of linear modules, while they run; modules that share an input share them."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
         self._sums: dict[str, Tensor] = {}
         self._holder: dict[str, str] = {}
         self._last: tuple[Tensor | None, str] = (None, "")
@@ -211,10 +211,11 @@ class Moments:
                 return
             self._last = (args[0], name)
             self._holder[name] = name
-            x_TK = args[0].flatten(0, -2)
+            x_TK = args[0].flatten(0, -2).float()
             if name not in self._sums:
                 self._sums[name] = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1])
-            self._sums[name].addmm_(x_TK.t(), x_TK)
+            with torch.autocast(x_TK.device.type, enabled=False):
+                self._sums[name].addmm_(x_TK.t(), x_TK)
 
         return before
 

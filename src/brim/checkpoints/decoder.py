@@ -75,21 +75,9 @@ class BlockwiseDecoder:
         finally:
             block.to(device="meta")
 
-    def own_name(self, block: nn.Module, name: str) -> str:
-        """Of a module in it, as the whole model names it."""
-        return f"{self._own[id(block)]}.{name}"
-
     def run(self, block: nn.Module, hidden_1TD: Tensor) -> Tensor:
         """The block's output."""
-        positions_1T = torch.arange(hidden_1TD.shape[1]).unsqueeze(0)
-        output = block(
-            hidden_1TD,
-            attention_mask=None,  # causal, which SDPA does without
-            position_ids=positions_1T,
-            position_embeddings=self._rotary(hidden_1TD, positions_1T),
-            use_cache=False,
-        )
-        return output[0] if isinstance(output, tuple) else output
+        return run_block(self._base, block, hidden_1TD, rotary=self._rotary)
 
     def _file_name(self, module: nn.Module, name: str) -> str:
         own = f"{self._own[id(module)]}.{name}"
@@ -107,6 +95,19 @@ class BlockwiseDecoder:
                 f"{self._stored[name].path}: tensor {name!r} holds NaN or Inf in FP32, and a model with such weights "
                 "cannot be calibrated; --audit says where"
             )
+
+
+def run_block(base: Any, block: nn.Module, hidden_1TD: Tensor, *, rotary: nn.Module | None = None) -> Tensor:
+    """Output of a block of this decoder, of one of FAMILIES; `rotary` in the place of its own."""
+    positions_1T = torch.arange(hidden_1TD.shape[1], device=hidden_1TD.device).unsqueeze(0)
+    output = block(
+        hidden_1TD,
+        attention_mask=None,  # causal, which SDPA does without
+        position_ids=positions_1T,
+        position_embeddings=(rotary or base.rotary_emb)(hidden_1TD, positions_1T),
+        use_cache=False,
+    )
+    return output[0] if isinstance(output, tuple) else output
 
 
 class HiddenStates:

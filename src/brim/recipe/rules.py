@@ -30,6 +30,13 @@ def check_ranges(recipe: "Recipe") -> None:
         raise RecipeError(f"optimizer.learning_rate = {recipe.optimizer.learning_rate} is not between 0 and 1")
     if not 0 <= recipe.qat.teacher_share <= 1:
         raise RecipeError(f"qat.teacher_share = {recipe.qat.teacher_share} is out of range; it is a share, from 0 to 1")
+    if not 0 <= recipe.qat.exact_share < 1:
+        raise RecipeError(f"qat.exact_share = {recipe.qat.exact_share} is out of range; it is from 0 to below 1")
+    if recipe.qat.exact_share and recipe.qat.train != "all":
+        raise RecipeError(
+            f'qat.exact_share = {recipe.qat.exact_share} trains weights, and qat.train is "{recipe.qat.train}"; '
+            "nearest: qat.exact_share = 0"
+        )
     if not 0 <= recipe.qat.scale_rate < 1000:
         raise RecipeError(f"qat.scale_rate = {recipe.qat.scale_rate} is out of range; the least is 0")
     if not 0 <= recipe.lora.dropout < 1:

@@ -121,7 +121,9 @@ class Qat:
     start: Literal["absmax", "mean", "least-squares", "calibrated"] = "absmax"
     """Scales to begin with: the largest weight is the last code; 2 mean|w| / sqrt(last code), LSQ's own; the least
     squared error; or the least error of what layers give on the run's first rows, where weights, too, make up for what
-    others lose by rounding (GPTQ's error feedback; before the first step, for decoders that run block by block)."""
+    others lose by rounding (GPTQ's error feedback, for decoders that run block by block)."""
+    exact_share: float = 0.0
+    """Of the steps, the first so many round nothing; scales then start from the weights that were learned."""
     activations: Literal["none", "int8"] = "none"
     """int8: the linear layers' inputs are rounded, too, each token's by its own largest value."""
     train: Literal["all", "adapters", "scales"] = "all"

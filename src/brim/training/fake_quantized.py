@@ -42,7 +42,7 @@ def quantize_fake(model: PreTrainedModel, recipe: Recipe) -> None:
         raise RecipeError(f'{type(model).__name__} has no linear layer to quantize; nearest: method = "full"')
     if recipe.qat.train != "all":
         model.requires_grad_(False)
-        for layer in _layers_of(model):
+        for layer in layers_of(model):
             for learned in (layer.scale, layer.up, layer.down):
                 if learned is not None:
                     learned.requires_grad_(True)
@@ -50,22 +50,26 @@ def quantize_fake(model: PreTrainedModel, recipe: Recipe) -> None:
 
 def scales_of(model: nn.Module) -> list[nn.Parameter]:
     """The learned scales: weight decay, which pulls to zero, is not for them."""
-    return [layer.scale for layer in _layers_of(model)]
+    return [layer.scale for layer in layers_of(model)]
+
+
+def set_exact(model: nn.Module, exact: bool) -> None:
+    """Whether weights and inputs are used as they are."""
+    for layer in layers_of(model):
+        layer.exact = exact
 
 
 @contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
     """The model with its weights and inputs as they are."""
-    for layer in _layers_of(model):
-        layer.exact = True
+    set_exact(model, True)
     try:
         yield
     finally:
-        for layer in _layers_of(model):
-            layer.exact = False
+        set_exact(model, False)
 
 
-def _layers_of(model: nn.Module) -> list[FakeQuantizedLinear]:
+def layers_of(model: nn.Module) -> list[FakeQuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, FakeQuantizedLinear)]
 
 

@@ -19,16 +19,17 @@ from brim.memory.measured import RealMeter, meter_for
 from brim.publish import alone, write_whole
 from brim.report import RunReport
 from brim.training.build import Workload, build
-from brim.training.calibrated_start import calibrate_start
 from brim.training.checkpoint import kept, load_checkpoint, save_checkpoint, wrong_weight
 from brim.training.dataset import DataSet
 from brim.training.ending import publish_model, report_of
 from brim.training.evaluation import mean_loss
+from brim.training.fake_quantized import set_exact
 from brim.training.history import History
 from brim.training.job import OnStep, Run, ShouldStop, Tell, Watch
 from brim.training.metrics import Metrics, StepRecord
 from brim.training.packing import check_apart
 from brim.training.room import with_room
+from brim.training.rounding_start import begin_rounding
 from brim.training.schedule import learning_rate
 from brim.training.setbacks import batch_number, goes_back, is_spike
 from brim.training.step import train_step
@@ -85,9 +86,9 @@ def _run(job: Run, watch: Watch) -> RunReport:
                 torch.manual_seed(job.recipe.training.seed + job.ranks.data_rank)
             if job.recipe.has_teacher:
                 job = replace(job, data=_taught(job, workload, watch))
-            if job.recipe.calibrates:
-                # a run that goes on, too: checkpoints do not hold weights that are not trained
-                _calibrate(job, workload, meter)
+            if job.recipe.calibrates and job.recipe.qat.train != "all":
+                # of a run that goes on, too: checkpoints do not hold weights that are not trained
+                _begin_rounding(job, workload, History(), meter)
             history = _resumed(job, workload)
             _train(job, workload, history, meter, watch)
         report = report_of(job, history)
@@ -121,18 +122,24 @@ def _taught(job: Run, workload: Workload, watch: Watch) -> DataSet:
     )
 
 
-def _calibrate(job: Run, workload: Workload, meter: RealMeter) -> None:
+def _begin_rounding(job: Run, workload: Workload, history: History, meter: RealMeter) -> None:
+    allocated_bytes, _ = history.measure(meter)
     place = workplace_of(job.output)
     place.mkdir(parents=True, exist_ok=True)
-    allocated_bytes, _ = History().measure(meter)
-    calibrate_start(
+    begin_rounding(
         workload,
-        job.spec,
-        job.weights,
         job.data,
         scratch=place / f"calibration-{job.ranks.data_rank}",
         room_bytes=None if job.cap_bytes is None else job.cap_bytes - allocated_bytes,
     )
+
+
+def _set_rounding(job: Run, workload: Workload, history: History, steps: int, meter: RealMeter) -> None:
+    """Off in the run's first steps, if so asked; begun at the step after them."""
+    step, first = len(history.losses), int(job.recipe.qat.exact_share * steps)
+    set_exact(workload.base, step < first)
+    if step == first and job.recipe.qat.train == "all" and (first or job.recipe.calibrates):
+        _begin_rounding(job, workload, history, meter)
 
 
 def _resumed(job: Run, workload: Workload) -> History:
@@ -165,6 +172,8 @@ def _train_steps(job: Run, workload: Workload, history: History, meter: RealMete
     with Metrics(workplace_of(job.output), first_step=first_step) if job.ranks.is_first else nullcontext() as metrics:
         while (step := len(history.losses)) < steps:
             last = step + 1 == steps
+            if job.recipe.method == "qat":
+                _set_rounding(job, workload, history, steps, meter)
             if not _step(job, workload, history, steps, watch):
                 if metrics is not None:
                     metrics.close()

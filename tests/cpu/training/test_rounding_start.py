@@ -1,4 +1,4 @@
-"""qat.start = "calibrated": scales and weights to begin with, against the model itself and the paper's rule."""
+"""Where rounding begins: scales and weights against the model itself and the paper's rule, and runs that go on."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,18 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from brim.checkpoints.calibrate import block_bytes
-from brim.checkpoints.decoder import BlockwiseDecoder
 from brim.errors import DoesNotFitError, RecipeError, Stopped
 from brim.layers.fake_quantize import FakeQuantizedLinear
 from brim.memory.measured import CpuMeter
 from brim.models import describe
-from brim.models.directory import stored_tensors
 from brim.numerics.feedback import feedback_codes, output_error
-from brim.recipe import Lora, Precision, Qat, Recipe, Training
+from brim.recipe import Lora, Optimizer, Precision, Qat, Recipe, Training
 from brim.training.build import Workload, build
-from brim.training.calibrated_start import calibrate_start, first_tokens
 from brim.training.job import Run
 from brim.training.loop import run
+from brim.training.rounding_start import begin_rounding, first_tokens
 
 MakeRun = Callable[..., Run]
 MakeRecipe = Callable[..., Recipe]
@@ -31,7 +29,7 @@ MakeWorkload = Callable[[Recipe], Workload]
 
 def begun(job: Run, workload: Workload, **settings: Any) -> dict[str, FakeQuantizedLinear]:
     scratch = job.output.with_name("hidden")
-    calibrate_start(workload, job.spec, job.weights, job.data, scratch=scratch, **settings)
+    begin_rounding(workload, job.data, scratch=scratch, **settings)
     assert not scratch.exists()
     return {name: module for name, module in workload.base.named_modules() if isinstance(module, FakeQuantizedLinear)}
 
@@ -99,21 +97,49 @@ def test_steps_begin_from_what_was_chosen(make_run: MakeRun, make_workload: Make
         assert torch.equal(copies[f"{index}.master"], parameter.detach().float())
 
 
-def test_an_interrupted_run_ends_as_an_undisturbed_one(make_run: MakeRun, tmp_path: Path) -> None:
-    """Gone on with, the integers are the same, bit by bit, and others than from absmax; with learned updates."""
-    qat = Qat(granularity="group:16", start="calibrated", train="adapters")
-    settings: dict[str, Any] = {"method": "qat", "lora": Lora(rank=2), "training": Training(max_steps=4)}
-    whole, broken = (make_run("llama", output=tmp_path / name, qat=qat, **settings) for name in ("whole", "broken"))
-    other = make_run("llama", output=tmp_path / "other", qat=replace(qat, start="absmax"), **settings)
+@pytest.mark.parametrize(
+    ("stop", "qat"),
+    [
+        (2, Qat(granularity="group:16", start="calibrated", train="adapters")),
+        (2, Qat(granularity="group:16", start="mean", exact_share=0.5)),
+        (3, Qat(granularity="group:16", start="calibrated", exact_share=0.5)),
+    ],
+)
+def test_an_interrupted_run_ends_as_an_undisturbed_one(stop: int, qat: Qat, make_run: MakeRun, tmp_path: Path) -> None:
+    """Stopped at or after the step where rounding begins, and gone on with, the integers are the same, bit by
+    bit; so they are where weights stay and only an update is learned."""
+    settings: dict[str, Any] = {"method": "qat", "qat": qat, "lora": Lora(rank=2), "training": Training(max_steps=4)}
+    whole, broken = (make_run("llama", output=tmp_path / name, **settings) for name in ("whole", "broken"))
     run(whole)
-    run(other)
     steps: list[Any] = []
     with pytest.raises(Stopped):
-        run(broken, on_step=steps.append, should_stop=lambda: len(steps) == 2)
+        run(broken, on_step=steps.append, should_stop=lambda: len(steps) == stop)
     run(replace(broken, resume=True))
-    ours, theirs, others = (load_file(job.output / "model.safetensors") for job in (whole, broken, other))
+    ours, theirs = (load_file(job.output / "model.safetensors") for job in (whole, broken))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert any(not torch.equal(ours[name], others[name]) for name in ours)
+
+
+def test_nothing_is_rounded_before_rounding_begins(make_run: MakeRun, tmp_path: Path) -> None:
+    """Of six steps the first three have the losses of training in full precision, bit by bit, and no later one has; the
+    scales that follow are those of the weights then, not of the first ones."""
+    optimizer = Optimizer(learning_rate=1e-2)
+    qat = Qat(format="int3", granularity="group:16", exact_share=0.5, scale_rate=0.0)
+    losses: dict[str, list[float]] = {"full": [], "qat": []}
+    for method, found in losses.items():
+        settings = {"method": method, "optimizer": optimizer, "qat": qat if method == "qat" else Qat()}
+        job = make_run("llama", output=tmp_path / method, **settings)
+        run(job, on_step=lambda record, found=found: found.append(record.loss))  # type: ignore[misc]
+    same = [ours == theirs for ours, theirs in zip(losses["qat"], losses["full"], strict=True)]
+    assert same == [True] * 3 + [False] * 3
+    three = make_run("llama", output=tmp_path / "three", optimizer=optimizer)
+    steps: list[Any] = []
+    with pytest.raises(Stopped):
+        run(three, on_step=steps.append, should_stop=lambda: len(steps) == 3)
+    name = "model.layers.0.mlp.down_proj"
+    files = (load_file(path) for path in (tmp_path / "three.partial").rglob("*.safetensors"))
+    weight = next(tensor for file in files for key, tensor in file.items() if key.endswith(f"{name}.weight"))
+    scale = load_file(tmp_path / "qat" / "model.safetensors")[f"{name}.weight_scale"]
+    assert torch.allclose(scale, weight.unflatten(-1, (-1, 16)).abs().amax(-1) / 3)
 
 
 def test_what_does_not_go_is_refused(make_run: MakeRun, make_recipe: MakeRecipe, make_workload: MakeWorkload) -> None:
@@ -124,8 +150,10 @@ def test_what_does_not_go_is_refused(make_run: MakeRun, make_recipe: MakeRecipe,
         build(gemma, describe(gemma.model))
     with pytest.raises(RecipeError, match="decoders alone"):
         make_recipe("t5", method="qat", qat=calibrated)
+    with pytest.raises(RecipeError, match="trains weights"):
+        make_recipe("llama", method="qat", qat=Qat(train="scales", exact_share=0.5))
     job = make_run("llama", method="qat", qat=calibrated)
-    with pytest.raises(DoesNotFitError, match="holds a block"):
+    with pytest.raises(DoesNotFitError, match="of a block"):
         begun(job, make_workload(job.recipe), room_bytes=1000)
 
 
@@ -133,9 +161,9 @@ def test_it_takes_no_more_than_is_checked(make_run: MakeRun, make_workload: Make
     """What is allocated beside the model stays within the bytes that the room is checked for."""
     job = make_run("llama", method="qat", qat=Qat(granularity="group:16", start="calibrated"))
     workload = make_workload(job.recipe)
-    decoder = BlockwiseDecoder(job.spec, {tensor.spec.name: tensor for tensor in stored_tensors(job.weights)})
-    tokens = first_tokens(job.data, job.recipe, longest=decoder.max_tokens)
+    tokens = first_tokens(job.data, job.recipe, longest=2**30)
+    blocks: Any = workload.base.get_decoder().layers
     with CpuMeter() as meter:
         begun(job, workload)
         peak = meter.sample()[1]
-    assert 0 < peak <= max(block_bytes(block, tokens=tokens.shape[1]) for block in decoder.blocks)
+    assert 0 < peak <= max(block_bytes(block, tokens=tokens.shape[1]) for block in blocks)
