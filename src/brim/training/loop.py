@@ -9,6 +9,7 @@ import statistics
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
@@ -23,19 +24,18 @@ from brim.training.checkpoint import kept, load_checkpoint, save_checkpoint, wro
 from brim.training.dataset import DataSet
 from brim.training.ending import publish_model, report_of
 from brim.training.evaluation import mean_loss
-from brim.training.fake_quantized import set_exact
 from brim.training.history import History
 from brim.training.job import OnStep, Run, ShouldStop, Tell, Watch
 from brim.training.metrics import Metrics, StepRecord
 from brim.training.packing import check_apart
 from brim.training.room import with_room
-from brim.training.rounding_start import begin_rounding
+from brim.training.rounding_start import begin_rounding, set_rounding
 from brim.training.schedule import learning_rate
 from brim.training.setbacks import batch_number, goes_back, is_spike
 from brim.training.step import train_step
 from brim.training.teacher import TEACHER_BYTES, taught
 from brim.training.trouble import check_cap, check_number, check_weights, explain_lost_rank, explain_out_of_memory
-from brim.training.workplace import checkpoints_of, discard_unbegun, open_workplace, workplace_of
+from brim.training.workplace import checkpoints_of, discard_unbegun, hidden_of, open_workplace, workplace_of
 
 _RECENT_STEPS = 100
 """As many steps tell how long the rest will take."""
@@ -88,7 +88,9 @@ def _run(job: Run, watch: Watch) -> RunReport:
                 job = replace(job, data=_taught(job, workload, watch))
             if job.recipe.calibrates and job.recipe.qat.train != "all":
                 # of a run that goes on, too: checkpoints do not hold weights that are not trained
-                _begin_rounding(job, workload, History(), meter)
+                scratch = hidden_of(job.output, job.ranks.data_rank)
+                room_bytes = _room_bytes(job, History(), meter)
+                begin_rounding(workload, job.data, scratch=scratch, room_bytes=room_bytes)
             history = _resumed(job, workload)
             _train(job, workload, history, meter, watch)
         report = report_of(job, history)
@@ -122,24 +124,9 @@ def _taught(job: Run, workload: Workload, watch: Watch) -> DataSet:
     )
 
 
-def _begin_rounding(job: Run, workload: Workload, history: History, meter: RealMeter) -> None:
+def _room_bytes(job: Run, history: History, meter: RealMeter) -> int | None:
     allocated_bytes, _ = history.measure(meter)
-    place = workplace_of(job.output)
-    place.mkdir(parents=True, exist_ok=True)
-    begin_rounding(
-        workload,
-        job.data,
-        scratch=place / f"calibration-{job.ranks.data_rank}",
-        room_bytes=None if job.cap_bytes is None else job.cap_bytes - allocated_bytes,
-    )
-
-
-def _set_rounding(job: Run, workload: Workload, history: History, steps: int, meter: RealMeter) -> None:
-    """Off in the run's first steps, if so asked; begun at the step after them."""
-    step, first = len(history.losses), int(job.recipe.qat.exact_share * steps)
-    set_exact(workload.base, step < first)
-    if step == first and job.recipe.qat.train == "all" and (first or job.recipe.calibrates):
-        _begin_rounding(job, workload, history, meter)
+    return None if job.cap_bytes is None else job.cap_bytes - allocated_bytes
 
 
 def _resumed(job: Run, workload: Workload) -> History:
@@ -173,7 +160,9 @@ def _train_steps(job: Run, workload: Workload, history: History, meter: RealMete
         while (step := len(history.losses)) < steps:
             last = step + 1 == steps
             if job.recipe.method == "qat":
-                _set_rounding(job, workload, history, steps, meter)
+                scratch = hidden_of(job.output, job.ranks.data_rank)
+                room_bytes = partial(_room_bytes, job, history, meter)
+                set_rounding(workload, job.data, step, steps, scratch=scratch, room_bytes=room_bytes)
             if not _step(job, workload, history, steps, watch):
                 if metrics is not None:
                     metrics.close()

@@ -9,6 +9,7 @@ turn it to the next one. Later blocks see what earlier ones give when they are r
 Shapes: N sequences, T tokens, R rows, K inputs, S scales of a row.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,31 @@ from brim.numerics.scales import least_error_scale
 from brim.recipe import Recipe
 from brim.training.build import Workload
 from brim.training.dataset import DataSet
-from brim.training.fake_quantized import layers_of
+from brim.training.fake_quantized import layers_of, set_exact
 from brim.training.parts import part_of
 from brim.units import format_bytes
+
+
+def exact_steps(recipe: Recipe, steps: int) -> int:
+    """How many of a run's steps, from its first on, round nothing."""
+    return int(recipe.qat.exact_share * steps)
+
+
+def set_rounding(
+    workload: Workload,
+    data: DataSet,
+    step: int,
+    steps: int,
+    *,
+    scratch: Path,
+    room_bytes: Callable[[], int | None] = lambda: None,
+) -> None:
+    """Before step `step` (from 0): off in the first ones, if so asked; begun at the one after them."""
+    recipe = workload.recipe
+    first = exact_steps(recipe, steps)
+    set_exact(workload.base, step < first)
+    if step == first and recipe.qat.train == "all" and (first or recipe.calibrates):
+        begin_rounding(workload, data, scratch=scratch, room_bytes=room_bytes())
 
 
 @torch.no_grad()

@@ -24,6 +24,11 @@ def checkpoints_of(output: Path) -> Path:
     return workplace_of(output) / "checkpoints"
 
 
+def hidden_of(output: Path, rank: int) -> Path:
+    """A rank's hidden states, while QAT's first scales are chosen."""
+    return workplace_of(output) / f"hidden-{rank}"
+
+
 def can_resume(output: Path) -> bool:
     """An interrupted run left a checkpoint that this output can go on from."""
     return any(checkpoints_of(output).glob("step-*"))
