@@ -1,26 +1,28 @@
 """`make accuracy`, part three: predicted step times against throughput that others measured on GPUs and published.
 
 The rows of data/published_peaks.csv that say tokens a second and that a recipe expresses, and those of
-data/throughput.csv (`benchmarks.reported`). Nothing was fitted to any of them, so each is held out: rates are those of
-the catalogue, operators those of the rehearsal. What a rehearsed step does is kept in PLACE case by case, so a run that
-was stopped goes on; `--fresh` after a change of what rehearsals say. Recipes that many rows ran come first.
+data/throughput.csv (`benchmarks.reported`). No device's rate was fitted to them; how long the host takes was, and is
+judged by leaving sources out. What a rehearsed step does is kept in PLACE case by case, so a run that
+was stopped goes on; `--fresh` after a change of what rehearsals say.
 
     throughput.py [--place runs/throughput] [--told] [--fresh] [--processes 2] [--docs] [--learn] [--only ID ...]
 """
 
 import argparse
 import csv
+import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.kept import Kept, key_of
-from benchmarks.published import DATA, Case, Missing, case_of
+from benchmarks.published import DATA, Case, Missing, Row, case_of
 from benchmarks.reported import reported
 from benchmarks.step_time import learn
 
@@ -28,7 +30,9 @@ from brim.errors import BrimError
 from brim.rehearsal import rehearse_trace
 from brim.speed import step_time
 from brim.speed.bands import GPU_OPERATORS, GPU_ROOFLINE
-from brim.speed.operators import OperatorMeter, StepWork, gpu_seconds
+from brim.speed.gpu import gpu_seconds
+from brim.speed.kernels import Kernel
+from brim.speed.operators import OperatorMeter, StepWork
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "throughput.md"
@@ -37,9 +41,9 @@ TARGET = 0.15
 HEAD = """# Step times against published throughput
 
 Written by `make accuracy DOCS=1`: tokens a second and GPU that others measured and published, as the time of a step,
-against the prediction for the recipe that they ran. *operators*: the rehearsal's operators at published rates of
-products and the maker's bandwidth; *roofline*: the closed form, without torch. *error* is predicted over measured
-time; nothing was fitted to any row. The target is 15 % in the middle, by operators."""
+against the prediction for the recipe that they ran. *operators*: the rehearsal's kernels at published rates, or the
+host's time for asking for them where that is longer (`speed/gpu.py`); *roofline*: the closed form, without torch.
+*error* is predicted over measured time. The target is 15 % in the middle, by operators."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,7 @@ def published() -> tuple[list[Measured], Counter[str]]:
                 missing["inference: no training step"] += 1
                 continue
             try:
-                case = case_of(row)
+                case = _as_run(case_of(_with_length(row)), row)
             except Missing as lack:
                 missing[str(lack)] += 1
             else:
@@ -114,19 +118,41 @@ def published() -> tuple[list[Measured], Counter[str]]:
     return found, missing
 
 
+def _with_length(row: Row) -> Row:
+    """Rows that were not packed have no one length: their note tells the mean, tokens over samples, padding counted."""
+    told = re.search(r"train_tokens_per_second/train_samples_per_second=(\d+) .*so x(\d+) GPUs", row["notes"])
+    return row if row["seq_len"] or not told else {**row, "seq_len": str(int(told[1]) * int(told[2]))}
+
+
+def _as_run(case: Case, row: Row) -> Case:
+    """What takes time and no memory: fms-acceleration's fused kernels leave adapters out of FSDP
+    (fused_ops_and_kernels, `ignore_modules_in_fsdp`)."""
+    if not (case.recipe.adapts and case.recipe.library.sharding == "fsdp1" and "foak" in row["notes"]):
+        return case
+    return replace(case, recipe=case.recipe.with_settings(["library.adapter_units=none"]))
+
+
 def _measured(name: str, case: Case, tokens_per_s_per_gpu: float, source: str) -> Measured:
     own = case.recipe.tokens_per_step / case.recipe.parallel.data_ranks
     return Measured(name=name, case=case, seconds=own / tokens_per_s_per_gpu, source=source)
 
 
 def rehearse(rows: Sequence[Measured], kept: Kept, *, processes: int) -> None:
-    """What is not kept yet; first what answers the most rows."""
-    often = Counter(row.key for row in rows)
-    cases = {row.key: row.case for row in sorted(rows, key=lambda row: (-often[row.key], row.case.spec.num_layers))}
+    """What is not kept yet, each kind's turn after another's: a run that is stopped has seen something of each."""
+    cases = {row.key: row.case for row in _in_turn(rows)}
     asked = {key: case for key, case in cases.items() if key not in kept}
     with ProcessPoolExecutor(processes) as pool:
         for key, work in zip(asked, pool.map(_work, asked.values()), strict=True):
             kept.put(key, {"work": work})
+
+
+def _in_turn(rows: Sequence[Measured]) -> list[Measured]:
+    """Rows of each source, model, method, device and number of devices in turn."""
+    turns = defaultdict[tuple[object, ...], list[Measured]](list)
+    for row in rows:
+        device, devices = row.case.device.name, row.case.recipe.parallel.devices
+        turns[row.source, row.kind, device, devices].append(row)
+    return [row for turn in zip_longest(*turns.values()) for row in turn if row is not None]
 
 
 def _work(case: Case) -> dict[str, Any] | None:
@@ -142,13 +168,30 @@ def _work(case: Case) -> dict[str, Any] | None:
         "products": [[*key, flops] for key, flops in work.products.items()],
         "attention": [[*key, flops] for key, flops in work.attention.items()],
         "passes": [[*key, nbytes] for key, nbytes in work.passes.items()],
+        "kernels": [[*key, count] for key, count in _unnamed(work.kernels).items()],
         "num_operators": work.num_operators,
     }
 
 
+def _unnamed(kernels: Mapping[Kernel, float]) -> Mapping[tuple[Any, ...], float]:
+    """Without the operators' names, which take room and no time."""
+    found = defaultdict[tuple[Any, ...], float](float)
+    for kernel, count in kernels.items():
+        found[kernel[1:]] += count
+    return found
+
+
 def _read(work: Mapping[str, Any]) -> StepWork:
-    tables = {name: {tuple(key): amount for *key, amount in work[name]} for name in ("products", "attention", "passes")}
-    return StepWork(num_operators=work["num_operators"], **tables)
+    products, attention, passes, kernels = (
+        {tuple(key): amount for *key, amount in work[name]} for name in ("products", "attention", "passes", "kernels")
+    )
+    return StepWork(
+        products=products,
+        attention=attention,
+        passes=passes,
+        kernels={Kernel("", *key): count for key, count in kernels.items()},
+        num_operators=work["num_operators"],
+    )
 
 
 def errors_of(rows: Sequence[Measured], kept: Kept) -> Errors:

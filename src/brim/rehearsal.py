@@ -15,6 +15,7 @@ from brim.errors import RecipeError
 from brim.hardware import Device
 from brim.inference.packed import packer_of, rearrange, settle
 from brim.inference.rehearsed import KV_CACHE, Written, check_room, rehearse_writing
+from brim.layers import one_kernel
 from brim.memory import owners
 from brim.memory.allocator import replay
 from brim.memory.bands import DEFAULT_RISK, gpu_band
@@ -32,7 +33,8 @@ from brim.recipe import Recipe, Writing
 from brim.report import Inference, Ledger, ModuleRow, Moment, Peak, Prediction
 from brim.speed import step_time, writing_time
 from brim.speed.bands import GPU_OPERATORS, OPERATORS, roofline_basis, time_range
-from brim.speed.operators import OperatorMeter, StepWork, continued_work, gpu_seconds
+from brim.speed.gpu import gpu_seconds
+from brim.speed.operators import OperatorMeter, StepWork, continued_work
 from brim.training.adapters import add_lora
 from brim.training.batches import Batch, synthetic_batch
 from brim.training.build import Workload, base_model, build
@@ -235,7 +237,9 @@ def whole_trace(
             world.meter.trace.forget_past()  # real weights are divided while they are read, and never whole
         trace.begin("loading")  # from when all is there: until then, files are mapped, whose pages are the system's
         batches = [batch.mapped(world.bring) for batch in synthetic]
-        world.meter.after = operators
+        if operators is not None:
+            world.meter.after = operators
+            stack.enter_context(one_kernel.listening(operators.kernels))
         watch = ModuleWatch(world.meter, workload.base)
         if by_module:
             stack.enter_context(watch.watching())

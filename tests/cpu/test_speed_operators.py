@@ -8,14 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from brim import cli
-from brim.hardware import find
 from brim.hardware.calibrate import operator_rates
 from brim.hardware.operator_rates import KEYS, OperatorRates
 from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.rehearsal import rehearse_trace
-from brim.speed.operators import OperatorMeter, StepWork, gpu_seconds
-from brim.speed.roofline import attention_flops
+from brim.speed.operators import OperatorMeter, StepWork
 from brim.training.batches import synthetic_batch
 from brim.training.build import build
 from brim.training.step import train_step
@@ -129,25 +127,6 @@ def test_doctor_shows_a_device_of_the_catalogue(capsys: pytest.CaptureFixture[st
     assert "did you mean h100" in capsys.readouterr().err
     assert cli.main(["doctor", "--gpu", "h100", "--calibrate"]) == 2
     assert "give one of them" in capsys.readouterr().err
-
-
-def test_a_gpus_time_is_its_products_and_its_bytes() -> None:
-    """Twice the FLOP/s and twice the bandwidth halve the time; attention's are those of all scores."""
-    spec, recipe = spec_of("llama"), recipe_of("llama", "precision.weights=bf16", "precision.compute=bf16")
-    device = find("a100")
-    meter = OperatorMeter()
-    rehearse_trace(spec, recipe, device=device, operators=meter)
-    fast = replace(
-        device,
-        flops={name: 2 * rate for name, rate in device.flops.items()},
-        bandwidth_bytes_per_s=2 * device.bandwidth_bytes_per_s,
-    )
-    seconds = gpu_seconds(meter.work, spec, recipe, device)
-    assert gpu_seconds(meter.work, spec, recipe, fast) == pytest.approx(seconds / 2)
-    assert attention_flops(spec, recipe) == 3 * 4 * 2 * 4 * 4 * 96 * 96 * 16
-    assert attention_flops(spec, recipe.with_settings(["memory.attention=eager"])) == 0
-    bytes_alone = sum(meter.work.passes.values()) / device.bandwidth_bytes_per_s
-    assert bytes_alone < seconds
 
 
 def test_a_run_costs_hours_and_what_an_hour_costs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,8 @@ class PackedExperts(nn.Module):
 
     _is_hf_initialized: bool
     """transformers' mark: its initializers, which want floats, keep away."""
+    multiplies_whole: bool = False
+    """As `PackedLinear`'s."""
 
     def __init__(
         self,
@@ -101,7 +103,9 @@ class PackedExperts(nn.Module):
 
     def _expert(self, input_NH: Tensor, expert: int) -> Tensor:
         def product(input: Tensor, name: str, matrix: int) -> Tensor:
-            return packed_product(input, None, self.matrix(name, expert, matrix), compute=self.compute)
+            return packed_product(
+                input, None, self.matrix(name, expert, matrix), compute=self.compute, whole=self.multiplies_whole
+            )
 
         inner_NI = self.act_fn(product(input_NH, GATE_UP, _GATE)) * product(input_NH, GATE_UP, _UP)
         return product(inner_NI, DOWN, 0)

@@ -29,6 +29,9 @@ class PackedLinear(nn.Linear):
     """transformers' mark: its initializers, which want floats, keep away."""
     holds_input = False
     """Whether its products are bitsandbytes 0.42's (`_HeldProduct`)."""
+    multiplies_whole: bool = False
+    """Whether its weight is made anew in one piece without gradients, too: before a reentrant checkpoint's backward,
+    which needs the room anyway, pieces would be many small kernels for nothing."""
     is_stored_packed = False
     """Whether its file holds what it holds: nothing is packed as it is loaded."""
     is_tied: bool = False
@@ -117,7 +120,7 @@ class PackedLinear(nn.Linear):
         if self.holds_input and torch.is_grad_enabled():
             held: Tensor = _HeldProduct.apply(input.to(self.compute), bias, self)  # type: ignore[no-untyped-call]
             return held.to(input.dtype)
-        return packed_product(input, bias, self, compute=self.compute)
+        return packed_product(input, bias, self, compute=self.compute, whole=self.multiplies_whole)
 
 
 def codes_to_parameters(module: nn.Module, names: tuple[str, ...]) -> None:
@@ -127,9 +130,12 @@ def codes_to_parameters(module: nn.Module, names: tuple[str, ...]) -> None:
         module.register_parameter(name, nn.Parameter(codes, requires_grad=False))
 
 
-def packed_product(input: Tensor, bias_R: Tensor | None, held: Holds, *, compute: torch.dtype) -> Tensor:
-    """input @ weight.T + bias in the compute format, and back in the input's."""
-    if not torch.is_grad_enabled():
+def packed_product(input: Tensor, bias_R: Tensor | None, held: Holds, *, compute: torch.dtype, whole: bool) -> Tensor:
+    """input @ weight.T + bias in the compute format, and back in the input's.
+
+    `whole`: made anew in one piece, without gradients, too.
+    """
+    if not (whole or torch.is_grad_enabled()):
         return product(input, bias_R, held, compute=compute)
     result: Tensor = _PackedProduct.apply(input.to(compute), bias_R, held, compute)  # type: ignore[no-untyped-call]
     return result.to(input.dtype)

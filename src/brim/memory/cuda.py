@@ -27,6 +27,7 @@ from torch import Tensor
 
 from brim.hardware import Device
 from brim.layers import blockwise_adam, fused
+from brim.layers.one_kernel import one_kernel
 from brim.memory.constants import cublas_workspace_bytes
 from brim.memory.lifetimes import LifetimeMeter
 from brim.memory.trace import Trace
@@ -54,7 +55,7 @@ def cuda_kernels(device: Device, meter: LifetimeMeter) -> Iterator[None]:
         mock.patch("torch.nn.functional.dropout", _dropout),
         _widening(),
         mock.patch.object(blockwise_adam, "has_kernel", lambda device: True),
-        mock.patch.multiple(fused, norm=_norm, norm_backward=_norm_backward, turn=lambda *_: None),
+        mock.patch.multiple(fused, norm=_norm, norm_backward=_norm_backward, turn=_turn),
         mock.patch.object(meter, "inside", CublasWorkspaces(cublas_workspace_bytes(device), meter.trace)),
     ):
         yield
@@ -86,14 +87,22 @@ def _as_fp32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
 
 
+@one_kernel
 def _norm(hidden: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(hidden), hidden.new_empty((*hidden.shape[:-1], 1), dtype=torch.float32)
 
 
+@one_kernel
 def _norm_backward(
     gradient: Tensor, hidden: Tensor, weight_H: Tensor, rstd: Tensor, *, trains_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     return gradient, torch.empty_like(weight_H) if trains_weight else None
+
+
+@one_kernel
+def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Written over."""
+    return states
 
 
 class CublasWorkspaces:

@@ -340,6 +340,8 @@ def without_effect(recipe: "Recipe") -> list[str]:
         found.append(f'library.adamw has no effect: optimizer.name is "{recipe.optimizer.name}"')
     if recipe.parallel.sharding == "none" and recipe.library.sharding != "fsdp2":
         found.append('library.sharding has no effect: parallel.sharding is "none"')
+    if recipe.library.adapter_units != "own" and not (recipe.adapts and recipe.library.sharding == "fsdp1"):
+        found.append("library.adapter_units has no effect: no adapter is divided by FSDP1")
     divided = recipe.parallel.divides_weights and recipe.grad_accumulation > 1
     if recipe.library.accumulation == "whole" and not divided:
         found.append("library.accumulation has no effect: no micro-batch leaves a gradient of divided weights")

@@ -189,6 +189,10 @@ class Library:
     sharding: Literal["fsdp2", "fsdp1"] = "fsdp2"
     """fsdp1: beside adapters, no block is gathered ahead in backward (training/sharding.py says why), and what a block
     is run again from, and its gradient, stay until backward ends (training/checkpointing.py)."""
+    adapter_units: Literal["own", "none"] = "own"
+    """Of FSDP1: each adapter's matrix is gathered and reduced as a unit of its own (peft.utils.other,
+    fsdp_auto_wrap_policy), which takes the host's time; none: adapters are left out of it, and whole on each device
+    (fms-acceleration's fused kernels, `ignore_modules_in_fsdp`)."""
     accumulation: Literal["reduced", "whole"] = "reduced"
     """Of sharded devices, the gradients of micro-batches before the last. whole: they are not reduced, and each unit
     keeps one of all its parameters, of frozen ones, too: FSDP1 under `no_sync` (lightning's Fabric)."""

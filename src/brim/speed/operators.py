@@ -1,4 +1,4 @@
-"""What a rehearsed step does, operator by operator, and how long a calibrated processor takes for it.
+"""What a rehearsed step does, operator by operator, and how long a calibrated processor takes for it (a GPU: `gpu`).
 
 The rehearsal runs every operator of the step on fake tensors, so their number and sizes are exact, for every family
 and lever. The time of each is its products at the measured rate of their shape and format, its bytes at the measured
@@ -18,12 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from brim.hardware import Device
 from brim.hardware.operator_rates import Attention, Format, OperatorRates, Pass, Product, product_shape
-from brim.models import ModelSpec
-from brim.recipe import Recipe
-from brim.speed.communication import talking
-from brim.speed.roofline import attention_flops, offloaded_s
+from brim.speed.kernels import Kernel, KernelMeter
 
 _aten = torch.ops.aten
 _FUNCTIONS = (
@@ -46,6 +42,8 @@ class StepWork:
     """FLOPs by direction, format and keys of a row."""
     passes: dict[tuple[Pass, Format, int], float] = field(default_factory=lambda: defaultdict(float))
     """Bytes by kind, format and size of the largest tensor."""
+    kernels: dict[Kernel, float] = field(default_factory=lambda: defaultdict(float))
+    """How many of each: what an accelerator is asked for."""
     num_operators: int = 0
 
     def add(self, other: "StepWork") -> None:
@@ -70,20 +68,6 @@ class StepWork:
         return total
 
 
-def gpu_seconds(work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device) -> float:
-    """On an accelerator, where nothing was calibrated: products at the best published rate, bytes at the bandwidth.
-
-    Fused attention hides its products inside a kernel: they are counted by the closed form, all scores at the products'
-    rate (a causal mask hides half of them; FlashAttention-2, arXiv:2307.08691, reports at most 63 % of the peak for the
-    backward of the other half). What is offloaded is the host's work, and is added by the closed form. Ignored:
-    launching, which rules models too small to keep the device busy.
-    """
-    seconds = attention_flops(spec, recipe) / device.flops["bf16" if recipe.precision.compute != "fp32" else "fp32"]
-    seconds += sum(flops / device.flops[number_format] for (_, number_format), flops in work.products.items())
-    seconds += sum(work.passes.values()) / device.bandwidth_bytes_per_s + offloaded_s(spec, recipe)
-    return talking(spec, recipe, device, seconds)
-
-
 def continued_work(works: tuple[StepWork, StepWork, StepWork], *, times: int) -> StepWork | None:
     """The first's work and what the second has more of it `times` times; None where the third does not bear that out.
 
@@ -94,9 +78,16 @@ def continued_work(works: tuple[StepWork, StepWork, StepWork], *, times: int) ->
     products = _continued([work.products for work in works], times)
     attention = _continued([work.attention for work in works], times)
     passes = _continued([work.passes for work in works], times)
-    if number is None or products is None or attention is None or passes is None:
+    kernels = _continued([work.kernels for work in works], times)
+    if number is None or products is None or attention is None or passes is None or kernels is None:
         return None
-    return StepWork(products=products, attention=attention, passes=passes, num_operators=number)
+    return StepWork(
+        products=products,
+        attention=attention,
+        passes=passes,
+        kernels={Kernel(*key): count for key, count in kernels.items()},
+        num_operators=number,
+    )
 
 
 _Key = TypeVar("_Key", bound=tuple[Any, ...])
@@ -104,13 +95,17 @@ _Number = TypeVar("_Number", int, float)
 
 
 def _continued(counts: Sequence[Mapping[_Key, float]], times: int) -> dict[_Key, float] | None:
-    shared = set[_Key].intersection(*map(set, counts))
+    # what begins with the second block (the first one's input needs no gradient) grows from nothing
+    growing = {
+        key for key in counts[2] if key not in counts[0] and key in counts[1] and counts[2][key] == 2 * counts[1][key]
+    }
+    shared = set[_Key].intersection(*map(set, counts)) | growing
     moving = [sorted(set(each) - shared) for each in counts]
     if len(set(map(len, moving))) > 1:
         return None
     found: dict[_Key, float] = defaultdict(float)
     for keys in [*((key, key, key) for key in shared), *zip(*moving, strict=True)]:
-        amount = _straight([each[key] for each, key in zip(counts, keys, strict=True)], times)
+        amount = _straight([each.get(key, 0.0) for each, key in zip(counts, keys, strict=True)], times)
         key = keys[0]
         if len(set(keys)) > 1:
             size = _straight([key[-1] for key in keys], times)
@@ -133,11 +128,13 @@ class OperatorMeter:
     """Told every operator after it ran, by the meter of lifetimes."""
 
     def __init__(self) -> None:
-        self.work = StepWork()
+        self.kernels = KernelMeter()
+        self.start()
 
     def start(self) -> None:
         """Forget what was seen: a step begins."""
-        self.work = StepWork()
+        self.kernels.start()
+        self.work = StepWork(kernels=self.kernels.counts)
 
     @contextmanager
     def apart(self) -> Iterator[StepWork]:
@@ -162,11 +159,14 @@ class OperatorMeter:
         if (count := _PRODUCTS.get(func)) is not None:
             for shape, number_format, flops in count(args):
                 self.work.products[shape, number_format] += flops
+                self.kernels.launch(name, args, [out], number_format=number_format, flops=flops)
             self._move("fresh", [out])
         elif "flash_attention_for_cpu" in name:
             self._attention(name, args)
             self._move("fresh", [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
-        elif not func.is_view:
+        elif func.is_view:
+            self.kernels.launch("view", [], [])
+        else:
             self._pass(func, args, kwargs, out)
 
     def _move(self, kind: Pass, tensors: list[Tensor], size: int | None = None) -> None:
@@ -193,6 +193,7 @@ class OperatorMeter:
             return  # a view by another name (contiguous of what is so, to the same format)
         if name in ("embedding", "index_select", "index", "gather"):
             read = made  # as many elements as come out
+        self.kernels.launch(name, read, [*written, *made])
         largest = max(map(_nbytes, [*read, *made]), default=0)
         if any(part in name for part in _FUNCTIONS):
             self._move("function", [*read, *(written or made)], largest)

@@ -27,6 +27,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from brim.layers.packed_experts import PackedExperts
+from brim.layers.packed_linear import PackedLinear
+
 _KEPT = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._grouped_mm.default})
 
 
@@ -47,6 +50,9 @@ def checkpoint_blocks(
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     if reentrant:
+        for module in base.modules():
+            if isinstance(module, PackedLinear | PackedExperts):
+                module.multiplies_whole = True
         base.get_input_embeddings().register_forward_hook(_ask_for_gradient)
     if held:
         _hold_inputs(base)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from brim.layers.one_kernel import one_kernel
+
 _PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
@@ -34,11 +36,13 @@ def _forward(module: Any) -> Any:
 
 class _GatedSiLU(torch.autograd.Function):
     @staticmethod
+    @one_kernel
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @one_kernel
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         up_gradient = F.silu(gate).mul_(gradients[0])

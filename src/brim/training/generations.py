@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from brim.layers.chunked_loss import IGNORED
+from brim.layers.one_kernel import one_kernel
 
 Inputs = dict[str, Tensor]
 Loss = Callable[..., Tensor]
@@ -127,6 +128,7 @@ class _FastCrossEntropy(torch.autograd.Function):
     """Keeps the logits and a log-sum-exp; backward turns the logits into their gradient, in place or in a copy."""
 
     @staticmethod
+    @one_kernel
     def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, writes_over: bool) -> Tensor:
         ctx.writes_over = writes_over
         lse_N = torch.logsumexp(logits_NV, dim=-1)
@@ -136,6 +138,7 @@ class _FastCrossEntropy(torch.autograd.Function):
         return ((lse_N - chosen_N) * known_N).sum()
 
     @staticmethod
+    @one_kernel
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits_NV, lse_N, labels_N = ctx.saved_tensors
         # written over: nobody reads the logits again

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from brim.layers.one_kernel import aside
 from brim.layers.packed_experts import PackedExperts
 from brim.layers.packed_linear import PackedLinear
 from brim.memory import owners
@@ -153,6 +154,7 @@ def _where_gathered(group: Any, method: Callable[[], None]) -> Callable[[], None
 
 
 def _gathering(method: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    @aside  # in a queue of its own; and how gloo does it says nothing of NCCL
     @wraps(method)
     def watched(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
         with owners.inside("gathered"):
