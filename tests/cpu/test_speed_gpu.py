@@ -15,7 +15,7 @@ from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.rehearsal import rehearse_trace
 from brim.speed.communication import communication_s
-from brim.speed.gpu import UNIT_S, adapter_units, attention_s, block_units, gpu_seconds, kernels_s, launching_s
+from brim.speed.gpu import adapter_units, attention_s, block_units, gpu_seconds, host_times, kernels_s, parts_of
 from brim.speed.operators import OperatorMeter, StepWork
 from brim.speed.roofline import attention_flops
 
@@ -32,6 +32,10 @@ RECIPE = Recipe(model="llama", seq_len=TOKENS, micro_batch_size=4).with_settings
     ["precision.weights=bf16", "precision.compute=bf16"]
 )
 A100 = find("a100")
+
+
+def launching_s(work: StepWork) -> float:
+    return parts_of(work, SPEC, RECIPE, A100).launching_s(host_times())
 
 
 def work_of(*settings: str) -> StepWork:
@@ -52,7 +56,7 @@ def test_twice_the_rates_halve_what_the_device_takes_and_nothing_of_what_the_hos
         return kernels_s(work, device) + attention_s(SPEC, RECIPE, device)
 
     assert working(fast) == pytest.approx(working(A100) / 2)
-    assert launching_s(work, SPEC, RECIPE) > working(A100)  # so small a model
+    assert launching_s(work) > working(A100)  # so small a model
     assert gpu_seconds(work, SPEC, RECIPE, fast) == gpu_seconds(work, SPEC, RECIPE, A100)
 
 
@@ -139,7 +143,7 @@ def test_fsdp_has_a_unit_for_each_block_and_under_fsdp1_for_each_adapters_matrix
     assert adapter_units(SPEC, fsdp1.with_settings(["library.adapter_units=none"])) == 0
     alone = work_of()
     more = gpu_seconds(alone, SPEC, fsdp1, A100) - gpu_seconds(alone, SPEC, sharded, A100)
-    assert more == pytest.approx(LAYERS * 4 * UNIT_S)
+    assert more == pytest.approx(LAYERS * 4 * host_times().unit_s)
     talk = communication_s(SPEC, sharded, A100)
-    whole = gpu_seconds(alone, SPEC, sharded, A100) - launching_s(alone, SPEC, RECIPE)
-    assert whole == pytest.approx((LAYERS + 1) * UNIT_S + talk)
+    whole = gpu_seconds(alone, SPEC, sharded, A100) - launching_s(alone)
+    assert whole == pytest.approx((LAYERS + 1) * host_times().unit_s + talk)

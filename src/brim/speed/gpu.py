@@ -15,6 +15,11 @@ how wrong they are for a source that was left out); no device's rate was.
 Ignored: products too small to fill the device (there the host rules), dropout's random numbers, and waiting for data.
 """
 
+import csv
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
 from brim.hardware import Device
 from brim.memory import kept
 from brim.memory.anatomy import anatomy
@@ -34,24 +39,79 @@ backward (arXiv:2307.08691, section 4.1), where products reach 271."""
 _FLASH_HOPPER = 0.44
 """FlashAttention-2 uses 35 % of an H100's 989 TFLOP/s (arXiv:2407.08608, abstract), where products reach 794."""
 _HOPPER = 9
-_PYTHON_S, _ENGINE_S = 60e-6, 50e-6
-"""Host's seconds for an operator that Python asks for (module calls, hooks, recording), and the autograd engine."""
-UNIT_S = 4e-3
-"""Seconds for a unit of FSDP in a micro-batch: its hooks, gathers, copies and reduction. For blocks the device waits:
-the host may not gather further ahead than one unit (torch/distributed/fsdp, `limit_all_gathers`). The small units of
-adapters pass while it works."""
 
 
-def gpu_seconds(work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device) -> float:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostTimes:
+    """Seconds that the host takes, learned from published steps (data/host_times.csv)."""
+
+    python_s: float
+    """For an operator that Python asks for: module calls, hooks, recording it for backward."""
+    engine_s: float
+    """For one that the autograd engine asks for."""
+    unit_s: float
+    """For a unit of FSDP in a micro-batch: its hooks, gathers, copies and reduction. For blocks the device waits: the
+    host may not gather further ahead than one unit (torch/distributed/fsdp, `limit_all_gathers`). The small units of
+    adapters pass while it works."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What an optimizer step's time is made of."""
+
+    working_s: float
+    """The device's."""
+    python_operators: float
+    engine_operators: float
+    adapter_units: int
+    """Of all micro-batches, as are a block's."""
+    block_units: int
+
+    def launching_s(self, host: HostTimes) -> float:
+        """The host's, for asking for everything. Views take a small part of an operator's time, and are left out."""
+        operators = self.python_operators * host.python_s + self.engine_operators * host.engine_s
+        return operators + self.adapter_units * host.unit_s
+
+    def busy_s(self, host: HostTimes) -> float:
+        """Of one device, communication aside."""
+        return max(self.working_s, self.launching_s(host)) + self.block_units * host.unit_s
+
+
+@cache
+def host_times() -> HostTimes:
+    """Those that data/host_times.csv holds."""
+    text = resources.files("brim.speed").joinpath("data", "host_times.csv").read_text(encoding="utf-8")
+    return HostTimes(**{row["name"]: float(row["seconds"]) for row in csv.DictReader(text.splitlines())})
+
+
+def gpu_seconds(
+    work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device, *, host: HostTimes | None = None
+) -> float:
     """Of an optimizer step. What is offloaded is the host's work, and is added by the closed form."""
-    working = kernels_s(work, device) + attention_s(spec, recipe, device)
-    busy = max(working, launching_s(work, spec, recipe)) + offloaded_s(spec, recipe)
-    if not block_units(spec, recipe):
-        return talking(spec, recipe, device, busy)
-    busy += recipe.grad_accumulation * block_units(spec, recipe) * UNIT_S
-    if recipe.parallel.nodes > 1:
-        return talking(spec, recipe, device, busy)
-    return busy + communication_s(spec, recipe, device)
+    parts = parts_of(work, spec, recipe, device)
+    busy_s = parts.busy_s(host or host_times()) + offloaded_s(spec, recipe)
+    return with_talk(busy_s, spec, recipe, device)
+
+
+def with_talk(busy_s: float, spec: ModelSpec, recipe: Recipe, device: Device) -> float:
+    """Within a node the devices' own cores copy what FSDP moves, in turns with their work; between nodes, adapters."""
+    if block_units(spec, recipe) and recipe.parallel.nodes == 1:
+        return busy_s + communication_s(spec, recipe, device)
+    return talking(spec, recipe, device, busy_s)
+
+
+def parts_of(work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device) -> Parts:
+    asked = dict.fromkeys(("python", "autograd"), 0.0)
+    for kernel, count in work.kernels.items():
+        if kernel.moved_bytes:
+            asked[kernel.launcher] += count
+    return Parts(
+        working_s=kernels_s(work, device) + attention_s(spec, recipe, device),
+        python_operators=asked["python"],
+        engine_operators=asked["autograd"],
+        adapter_units=recipe.grad_accumulation * adapter_units(spec, recipe),
+        block_units=recipe.grad_accumulation * block_units(spec, recipe),
+    )
 
 
 def kernels_s(work: StepWork, device: Device) -> float:
@@ -74,13 +134,6 @@ def attention_s(spec: ModelSpec, recipe: Recipe, device: Device) -> float:
     if device.compute_major == _HOPPER:
         return forward * (passes - 2 + 2.5) / (_FLASH_HOPPER * rate)
     return forward * (passes - 2) / (_FLASH * rate) + forward * 2.5 / (_FLASH_BACKWARD * rate)
-
-
-def launching_s(work: StepWork, spec: ModelSpec, recipe: Recipe) -> float:
-    """The host's seconds for asking for everything; views take a small part of an operator's, and are left out."""
-    asked = {"python": _PYTHON_S, "autograd": _ENGINE_S}
-    operators = sum(count * asked[kernel.launcher] for kernel, count in work.kernels.items() if kernel.moved_bytes)
-    return operators + recipe.grad_accumulation * adapter_units(spec, recipe) * UNIT_S
 
 
 def block_units(spec: ModelSpec, recipe: Recipe) -> int:
