@@ -47,21 +47,19 @@ _PROJECTIONS = {
     "qwen": {"c_attn": ["q_proj", "k_proj", "v_proj"], "c_proj": ["o_proj", "down_proj"], "w1": ["up_proj"],
              "w2": ["gate_proj"]},
 }  # fmt: skip
-_LITGPT_TARGETS = {
-    "q": "query", "k": "key", "v": "value", "o": "projection", "mlp": "mlp", "lm_head": "head",
-}  # fmt: skip
+_LITGPT_TARGETS = {"q": "query", "k": "key", "v": "value", "o": "projection", "mlp": "mlp", "lm_head": "head"}
 
-_DROPOUT = {
-    # config_hub's and the script's own default; nothing is sampled, any rate takes as much
-    "Lightning-AI/litgpt": 0.05,
-    # scenarios.yaml and scenarios-granite.yaml
-    "foundation-model-stack/fms-acceleration": 0.1,
-}
+_WITHOUT_PADDING = ("llama", "mistral", "mixtral")
+"""fms-hf-tuning gives their tokenizers a token for it, and the model a row (tokenizer_data_utils.py, multiple_of=1)."""
+
+_DROPOUT = {"Lightning-AI/litgpt": 0.05, "foundation-model-stack/fms-acceleration": 0.1}
+"""config_hub's and the script's own default (nothing is sampled, any rate takes as much); scenarios.yaml."""
 
 _FSDP1 = ("foundation-model-stack/fms-acceleration", "AnswerDotAI/fsdp_qlora")
 """Through accelerate, and directly; both with reentrant checkpoints, which were the default."""
 
 _REENTRANT = (*_FSDP1, "QwenLM/Qwen@", "modelscope/ms-swift")
+"""transformers 4's default (modeling_utils.py, gradient_checkpointing_enable); fsdp_qlora's command asks for it."""
 
 _BEFORE_PEFT_11 = ("AnswerDotAI/fsdp_qlora", "QwenLM/Qwen@", "modelscope/ms-swift")
 _TORCHTUNE = ("pytorch/torchtune", "meta-pytorch/torchtune")
@@ -116,6 +114,8 @@ def case_of(row: Row) -> Case:
     if row["attention"].startswith("flash"):
         # FlashAttention takes a window as a number; without this a mask is built for torch's own kernels
         spec = replace(spec, config={**spec.config, "sliding_window": None})
+    if row["source_repo_or_paper"].startswith("foundation-model-stack") and spec.model_type in _WITHOUT_PADDING:
+        spec = replace(spec, config={**spec.config, "vocab_size": int(spec.config["vocab_size"]) + 1})
     if row["source_repo_or_paper"].startswith("Lightning-AI/litgpt"):
         # its one model class (litgpt/model.py) gives every model a head of its own
         spec = replace(spec, config={**spec.config, "tie_word_embeddings": False}, tied_head=False)
@@ -290,7 +290,7 @@ def _trainer(row: Row) -> list[str]:
         return []
     asked = "autocast" in row["compute_dtype"] or row["quant"] not in ("none", "")
     found = ["library.autocast=true"] if asked else []
-    return [*found, "library.cache=kept"] if "bigcode" in row["model"] else found
+    return [*found, "library.cache=kept"] if "bigcode" in row["model"] else [*found, "library.angles=product"]
 
 
 def _optimizer(row: Row) -> list[str]:
@@ -325,10 +325,9 @@ def _checkpointing(row: Row) -> list[str]:
         return ["memory.activation_checkpointing=full", "memory.offload=activations"]
     if text not in ("none", "full", "full (use_reentrant=False)"):
         raise Missing(f"activation checkpointing: {text or 'not said'}")
-    found = [f"memory.activation_checkpointing={text.split()[0]}"]
-    # transformers 4's default (modeling_utils.py, gradient_checkpointing_enable); fsdp_qlora's command asks for it
     reentrant = row["source_repo_or_paper"].startswith(_REENTRANT) and text == "full"
-    return [*found, "library.checkpoints=reentrant"] if reentrant else found
+    found = ["library.checkpoints=reentrant"] if reentrant else []
+    return [f"memory.activation_checkpointing={text.split()[0]}", *found]
 
 
 def _attention(row: Row) -> list[str]:

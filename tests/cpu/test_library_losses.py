@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from brim.memory.lifetimes import LifetimeMeter
 from brim.models import ModelSpec
 from brim.recipe import Recipe
+from brim.training import generations
 from brim.training.batches import synthetic_batch
 from brim.training.build import build
 
@@ -56,3 +58,19 @@ def test_a_library_loss_is_the_loss(library: str) -> None:
     assert len(their_gradients) == len(our_gradients)
     for theirs_, ours_ in zip(their_gradients, our_gradients, strict=True):
         torch.testing.assert_close(theirs_, ours_, rtol=1e-4, atol=1e-6)
+
+
+def test_a_shift_is_copied_twice_on_its_way_back() -> None:
+    """In backward two tensors of the logits' length in FP32 are new, one without the last position and one with it, as
+    PyTorch 2.4 makes them of `logits[..., :-1, :]`; the kernel itself writes over what it was given."""
+    rows, tokens, words = 3, 16, 300
+    logits_BTV = torch.zeros(rows, tokens, words, requires_grad=True)
+    labels_BT = torch.zeros(rows, tokens, dtype=torch.long)
+    with LifetimeMeter() as meter:
+        total = generations._shifted_logits(logits_BTV * 1, labels_BT, generations._in_place)
+        done = len(meter.trace.events)
+        total.backward()
+    events = meter.trace.events[done:]
+    large = [block.nbytes for allocated, block in events if allocated and block.nbytes > 2 * rows * tokens * words]
+    shifted, whole = 4 * rows * (tokens - 1) * words, 4 * rows * tokens * words
+    assert large == [shifted, whole, whole]  # the last is the gradient of the product by 1

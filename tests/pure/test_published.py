@@ -58,6 +58,13 @@ def test_units_are_read_as_they_were_meant(value: str, unit: str, notes: str, nb
     assert measured_bytes(row) == nbytes
 
 
+def test_a_padding_token_is_one_row_more() -> None:
+    """fms-hf-tuning adds it to models without one alone: Mistral has 32,001 rows there, PowerLM those of its file."""
+    rows = {row["id"]: row for row in ROWS}
+    words = {name: case_of(rows[name]).spec.config["vocab_size"] for name in ("fms-034", "fms-188", "fsdpqlora-025")}
+    assert words == {"fms-034": 32001, "fms-188": 49152, "fsdpqlora-025": 32000}
+
+
 @given(errors=st.lists(st.floats(-0.9, 3), min_size=1, max_size=60))
 def test_a_summary_is_between_its_extremes(errors: list[float]) -> None:
     """median <= 90th percentile <= largest absolute error; one source's macro average is that source."""

@@ -178,6 +178,8 @@ class Library:
     """fused: RMS norms keep their input as it is and one number a row, as Liger's and unsloth's kernels do."""
     rotary: Literal["operators", "in-place"] = "operators"
     """in-place: queries and keys are turned where they lie, and their gradients, as unsloth's kernel does."""
+    angles: Literal["elementwise", "product"] = "elementwise"
+    """Of the rotary embedding. product: transformers 4 makes them by a matrix product, the first of a step."""
     heads: Literal["grouped", "repeated"] = "grouped"
     """repeated: keys and values are there for each query head until the block's attention is done, as in transformers'
     Mistral and Mixtral to 4.47."""

@@ -31,6 +31,21 @@ def alter_attention(model: nn.Module, *, in_place: bool, repeated: bool) -> None
             module.forward = _altered(module, in_place=in_place, repeated=repeated)
 
 
+def multiply_angles(model: nn.Module) -> None:
+    """Begin each rotary embedding with transformers 4's product (modeling_llama.py, LlamaRotaryEmbedding, 4.57): on a
+    GPU it has cuBLAS take its workspace before the first block makes room for its own."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding") and isinstance(getattr(module, "inv_freq", None), Tensor):
+            module.register_forward_pre_hook(_multiply)
+
+
+def _multiply(module: nn.Module, given: tuple[Any, ...]) -> None:
+    frequencies: Any = module.inv_freq
+    positions = torch.ones(1, 1, given[0].shape[-2], device=given[0].device)
+    with torch.no_grad(), torch.autocast(given[0].device.type, enabled=False):
+        torch.matmul(frequencies[None, :, None].float(), positions)
+
+
 def _altered(module: nn.Module, *, in_place: bool, repeated: bool) -> Callable[..., Any]:
     forward, family = module.forward, sys.modules[type(module).__module__]
 

@@ -19,7 +19,7 @@ from brim.models import ModelSpec
 from brim.models.skeleton import DTYPES, attention_kernels, load, skeleton
 from brim.recipe import Recipe
 from brim.training.adapters import add_lora
-from brim.training.attention_blocks import alter_attention
+from brim.training.attention_blocks import alter_attention, multiply_angles
 from brim.training.checkpointing import checkpoint_blocks
 from brim.training.copies import Shares
 from brim.training.fake_quantized import quantize_fake, scales_of
@@ -164,6 +164,8 @@ def _altered(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
         check_takes_positions(base)
     if recipe.library.norm == "fused":
         fuse_norms(base)
+    if recipe.library.angles == "product":
+        multiply_angles(base)
     if recipe.library.rotary == "in-place" or recipe.library.heads == "repeated":
         in_place, repeated = recipe.library.rotary == "in-place", recipe.library.heads == "repeated"
         alter_attention(base, in_place=in_place, repeated=repeated)

@@ -4,6 +4,7 @@ Same loss value (theirs leave the last position of a row without a label), other
 V vocabulary, H hidden size.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -116,7 +117,10 @@ def torchtune_loss(hidden_BTH: Tensor, head: nn.Linear, labels_BT: Tensor, kind:
 
 
 def _shifted_logits(logits_BTV: Tensor, labels_BT: Tensor, cross_entropy: Loss) -> Tensor:
-    shifted_BTV = logits_BTV[..., :-1, :].contiguous()
+    # `logits[..., :-1, :]` as PyTorch of those days reads it: a slice of the whole vocabulary is an operator, too, whose
+    # gradient is copied (2.4, aten/src/ATen/TensorIndexing.h, applySlice: only a stop at the very length is none)
+    tokens_BTV = torch.ops.aten.slice.Tensor(logits_BTV, 1, 0, -1)
+    shifted_BTV = torch.ops.aten.slice.Tensor(tokens_BTV, 2, 0, sys.maxsize).contiguous()
     return cross_entropy(shifted_BTV.flatten(0, 1), labels_BT[..., :-1].flatten())
 
 

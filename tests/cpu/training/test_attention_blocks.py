@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from brim.layers import fused
 from brim.memory.lifetimes import LifetimeMeter
-from brim.training.attention_blocks import alter_attention
+from brim.training.attention_blocks import alter_attention, multiply_angles
 from brim.training.checkpointing import checkpoint_blocks
 
 ROWS, TOKENS, HEADS, KV_HEADS, HEAD = 2, 16, 4, 2, 8
@@ -57,6 +57,15 @@ def test_altered_attention_learns_the_same(in_place: bool, repeated: bool) -> No
         found = gradients(model)
         assert len(found) == len(expected)
         assert all(torch.allclose(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_the_product_of_angles_changes_no_number() -> None:
+    """With transformers 4's product before them the angles are as they were, to the bit."""
+    plain = small_llama()
+    altered = copy.deepcopy(plain)
+    multiply_angles(altered)
+    ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) % 40
+    assert torch.equal(plain(ids).logits, altered(ids).logits)
 
 
 def test_repeated_heads_live_until_the_output_is_made() -> None:
