@@ -117,7 +117,7 @@ def torchtune_loss(hidden_BTH: Tensor, head: nn.Linear, labels_BT: Tensor, kind:
 
 
 def _shifted_logits(logits_BTV: Tensor, labels_BT: Tensor, cross_entropy: Loss) -> Tensor:
-    # `logits[..., :-1, :]` as PyTorch of those days reads it: a slice of the whole vocabulary is an operator, too, whose
+    # `logits[..., :-1, :]` as PyTorch of those days reads it: a slice of the whole vocabulary is an operator, too; its
     # gradient is copied (2.4, aten/src/ATen/TensorIndexing.h, applySlice: only a stop at the very length is none)
     tokens_BTV = torch.ops.aten.slice.Tensor(logits_BTV, 1, 0, -1)
     shifted_BTV = torch.ops.aten.slice.Tensor(tokens_BTV, 2, 0, sys.maxsize).contiguous()
