@@ -23,7 +23,7 @@ _CONFIGS: dict[str, dict[str, Any]] = json.loads(
 _CASES = [
     ("llama", ("method=qlora", "precision.weights=int4", "precision.group_size=8"), "h100"),
     ("gemma-2", ("precision.weights=fp32", "memory.attention=eager", "grad_accumulation=2"), "h100"),
-    ("qwen3-moe", ("method=qlora", "precision.weights=int8"), "cpu"),
+    ("qwen3-moe", ("method=qlora", "precision.weights=int8"), "h100"),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")

@@ -81,12 +81,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = chunk_tokens(head.out_features)
         with torch.autocast(device, enabled=False):
             weight_VH = head.weight.detach().to(dtype)
-            for start in range(0, hidden_NH.shape[0], size):
-                rows = slice(start, start + size)
-                said = None if soft is None else soft.mapped(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
-                target = partial(cross_entropy, labels_N=labels_N[rows], soft=said, share=share)
-                grad_CH = None if grad_NH is None else grad_NH[rows]
-                _add_chunk(hidden_NH[rows], weight_VH, head, target, finish, scale, total, grad_CH)
+            for start in range(0, len(hidden_NH), size):
+                rows = slice(start, min(start + size, len(hidden_NH)))
+                _add_chunk(hidden_NH, grad_NH, labels_N, soft, rows, weight_VH, head, finish, scale, share, total)
         if grad_NH is not None:
             ctx.save_for_backward(grad_NH)
         return total
@@ -98,22 +95,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_chunk(
-    hidden_CH: Tensor,
+    hidden_NH: Tensor,
+    grad_NH: Tensor | None,
+    labels_N: Tensor,
+    soft: SoftLabels | None,
+    rows: slice,
     weight_VH: Tensor,
     head: nn.Linear,
-    target: Callable[[Tensor], Tensor],
     finish: Finish,
     scale: float,
+    share: float,
     total: Tensor,
-    grad_CH: Tensor | None,
 ) -> None:
-    """Add the chunk's loss to `total`; into `grad_CH` its gradient by the hidden states (None: nothing learns)."""
-    hidden_CH = hidden_CH.to(weight_VH.dtype)
-    loss, grad_CV = _loss_and_gradient(hidden_CH, weight_VH, head.bias, target, finish, grad_CH is not None)
+    """Add the loss of these rows to `total`; into `grad_NH` their gradient by the hidden states (None: none learns)."""
+    hidden_CH = hidden_NH[rows].to(weight_VH.dtype)
+    said = None if soft is None else soft.mapped(lambda tensor: tensor[rows])
+    target = partial(cross_entropy, labels_N=labels_N[rows], soft=said, share=share)
+    loss, grad_CV = _loss_and_gradient(hidden_CH, weight_VH, head.bias, target, finish, grad_NH is not None)
     total += loss * scale
-    if grad_CH is not None and grad_CV is not None:
+    if grad_NH is not None and grad_CV is not None:
         grad_CV *= scale
-        grad_CH.copy_(grad_CV @ weight_VH)
+        grad_NH[rows] = grad_CV @ weight_VH
         _add_head_gradient(head, grad_CV, hidden_CH)
 
 

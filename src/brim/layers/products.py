@@ -96,12 +96,12 @@ def _by_blocks(input_TK: Tensor, packing: Packing, held: Tensors, rows: int, com
         return F.linear(input_TK, packing.unpack(held, rows, inputs, compute))
     result_TR = input_TK.new_empty(input_TK.shape[0], rows)
     for first in range(0, rows, at_once):
-        part = {name: tensor[first : first + at_once] for name, tensor in held.items()}
-        _put_block(result_TR[:, first : first + at_once], input_TK, packing, part)
+        _put_block(result_TR, slice(first, min(first + at_once, rows)), input_TK, packing, held)
     return result_TR
 
 
-def _put_block(result_TB: Tensor, input_TK: Tensor, packing: Packing, held: Tensors) -> None:
+def _put_block(result_TR: Tensor, block: slice, input_TK: Tensor, packing: Packing, held: Tensors) -> None:
     """The product with some rows of the weight, put into the result."""
-    rows, inputs = result_TB.shape[1], input_TK.shape[1]
-    result_TB.copy_(F.linear(input_TK, packing.unpack(held, rows, inputs, input_TK.dtype)))
+    part = {name: tensor[block] for name, tensor in held.items()}
+    weight_BK = packing.unpack(part, block.stop - block.start, input_TK.shape[1], input_TK.dtype)
+    result_TR[:, block] = F.linear(input_TK, weight_BK)

@@ -137,5 +137,7 @@ def _kind(value: Any) -> Hashable:
         return type(value), *map(_kind, value)
     if isinstance(value, Mapping):
         return tuple((key, _kind(one)) for key, one in value.items())
+    if isinstance(value, slice):
+        return slice, value.stop - value.start  # where it is changes no size
     hash(value)
     return type(value), value
