@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:Fu
 
 
 def _rehearsed(name: str, settings: tuple[str, ...], device: str) -> tuple[Trace, OperatorMeter]:
-    config = _CONFIGS[name] | {"num_hidden_layers": 2}
+    config = _CONFIGS[name] | {"num_hidden_layers": 1}
     spec = ModelSpec(name=name, kind="directory", config=config, num_parameters=1, tied_head=True)
     recipe = Recipe(model=name, micro_batch_size=2, seq_len=24).with_settings(
         ["memory.loss=chunked", "memory.activation_checkpointing=full", *settings]
