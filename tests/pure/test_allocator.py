@@ -141,6 +141,16 @@ def test_a_full_device_gives_unused_segments_back() -> None:
     assert allocator.peak_reserved_bytes == 80 * MIB
 
 
+def test_what_is_held_settles_after_segments_went_back() -> None:
+    """What was held before the device was full is no part of what is held for long after; without that, all is."""
+    allocator = CachingAllocator(limit_bytes=100 * MIB)
+    for size in (30 * MIB, 60 * MIB):
+        allocator.free(allocator.malloc(size))
+    assert allocator.settled_bytes == allocator.peak_reserved_bytes == 90 * MIB
+    allocator.free(allocator.malloc(70 * MIB))
+    assert (allocator.settled_bytes, allocator.peak_reserved_bytes) == (70 * MIB, 90 * MIB)
+
+
 @given(sizes=st.lists(st.integers(0, 32 * MIB), min_size=1, max_size=40))
 def test_a_trace_is_replayed_event_by_event(sizes: list[int]) -> None:
     """Replaying a trace gives what the same calls give, and its peak's ledger holds the live bytes."""

@@ -90,6 +90,8 @@ class CachingAllocator:
         self.reserved_bytes = 0
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
+        self.settled_bytes = 0
+        """Highest since segments were last given back."""
         self.num_retries = 0
         """Times that the device was full and unused segments were given back."""
         self._expandable = expandable_segments
@@ -203,10 +205,12 @@ class CachingAllocator:
                 pool.remove(block)
                 del self._heads[block.address]
                 self.reserved_bytes -= block.nbytes
+        self.settled_bytes = self.reserved_bytes
 
     def _reserve(self, nbytes: int) -> None:
         self.reserved_bytes += nbytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        self.settled_bytes = max(self.settled_bytes, self.reserved_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +221,8 @@ class Reserved:
     """Highest sum of blocks in use: `torch.cuda.max_memory_allocated`."""
     reserved_bytes: int
     """Highest sum of segments: `torch.cuda.max_memory_reserved`."""
+    settled_bytes: int
+    """The same since the device was last full and unused segments went back: what is there for long."""
     peak_index: int
     """Events of the trace up to the moment of the allocated peak."""
     num_retries: int
@@ -246,6 +252,7 @@ def replay(trace: Trace, *, expandable_segments: bool = False, limit_bytes: int 
     return Reserved(
         allocated_bytes=peak,
         reserved_bytes=allocator.peak_reserved_bytes,
+        settled_bytes=allocator.settled_bytes,
         peak_index=peak_index,
         num_retries=allocator.num_retries,
         moments=tuple(zip((name for name, _ in trace.moments), moments, strict=False)),
