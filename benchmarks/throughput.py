@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import host_times
+from benchmarks.host_times import Step
 from benchmarks.kept import Kept, key_of
 from benchmarks.published import DATA, Case, Missing, Row, case_of
 from benchmarks.reported import reported
@@ -30,7 +32,7 @@ from brim.errors import BrimError
 from brim.rehearsal import rehearse_trace
 from brim.speed import step_time
 from brim.speed.bands import GPU_OPERATORS, GPU_ROOFLINE
-from brim.speed.gpu import gpu_seconds
+from brim.speed.gpu import HostTimes, gpu_seconds, parts_of
 from brim.speed.kernels import Kernel
 from brim.speed.operators import OperatorMeter, StepWork
 
@@ -86,13 +88,16 @@ def main() -> None:
     if not options.told:
         rehearse(rows, kept, processes=options.processes)
     waiting = sum(row.key not in kept for row in rows)
-    text = document(errors_of(rows, kept), missing, waiting)
+    text = document(errors_of(rows, kept), steps_of(rows, kept), missing, waiting)
     print(text)
     if options.docs:
         DOCUMENT.write_text(text, encoding="utf-8")
     if options.learn:
-        found = errors_of(rows, kept)
-        learn({basis: [(row.name, error) for row, error in each] for basis, each in found.items()})
+        steps = steps_of(rows, kept)
+        host_times.write(host_times.learned(steps), steps)
+        plain = [(row.name, error) for row, error in errors_of(rows, kept)[GPU_ROOFLINE]]
+        # ranges are for models that taught nothing
+        learn({GPU_OPERATORS: host_times.left_out(steps, model_of), GPU_ROOFLINE: plain})
 
 
 def published() -> tuple[list[Measured], Counter[str]]:
@@ -204,12 +209,28 @@ def errors_of(rows: Sequence[Measured], kept: Kept) -> Errors:
     return found
 
 
+def steps_of(rows: Sequence[Measured], kept: Kept) -> list[Step]:
+    """Of the rows whose case is kept, a run that was published with several peaks once."""
+    found: dict[tuple[str, float], Step] = {}
+    for row in rows:
+        if row.key in kept and (work := kept[row.key]["work"]):
+            case = row.case
+            parts = parts_of(_read(work), case.spec, case.recipe, case.device)
+            step = Step(name=row.name, source=row.source, case=case, seconds=row.seconds, parts=parts)
+            found.setdefault((row.key, row.seconds), step)
+    return list(found.values())
+
+
+def model_of(step: Step) -> str:
+    return step.case.recipe.model
+
+
 def _told(case: Case, work: StepWork) -> Iterator[tuple[str, float]]:
     yield GPU_OPERATORS, gpu_seconds(work, case.spec, case.recipe, case.device)
     yield GPU_ROOFLINE, step_time(case.spec, case.recipe, case.device)
 
 
-def document(errors: Errors, missing: Counter[str], waiting: int) -> str:
+def document(errors: Errors, steps: Sequence[Step], missing: Counter[str], waiting: int) -> str:
     lines = [HEAD, ""]
     if waiting:
         lines += [
@@ -221,6 +242,7 @@ def document(errors: Errors, missing: Counter[str], waiting: int) -> str:
             sources = len({row.source for row, _ in found})
             middle = median(abs(error) for _, error in found)
             lines.append(f"- {basis}: {middle:.1%} in the middle, {len(found)} rows of {sources} sources.")
+    lines += _judged(steps) if len({step.source for step in steps}) > 1 else []
     lines += ["", "| source | model, method | rows | operators: median | from | to | roofline: median |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for source, kind in sorted({(row.source, row.kind) for row, _ in errors[GPU_OPERATORS]}):
@@ -235,6 +257,21 @@ def document(errors: Errors, missing: Counter[str], waiting: int) -> str:
     lines += ["", "## Rows that no recipe expresses", "", "| rows | what is missing |", "| ---: | --- |"]
     lines += [f"| {count} | {what} |" for what, count in missing.most_common()]
     return "\n".join(lines) + "\n"
+
+
+def _judged(steps: Sequence[Step]) -> list[str]:
+    """What of it carries to rows that taught nothing."""
+    lines = []
+    for group, name in ((model_of, "model"), (lambda step: step.source, "source")):
+        errors = [abs(error) for _, error in host_times.left_out(steps, group)]
+        held = host_times.covered(steps, group)
+        lines.append(
+            f"- {len(steps)} runs, the host's times by other {name}s' runs alone: {median(errors):.1%} in the middle; "
+            f"the range that the others' errors give, of four of five, holds {held:.0%}."
+        )
+    none = HostTimes(python_s=0.0, engine_s=0.0, unit_s=0.0)
+    lines.append(f"- Without a host: {median(abs(step.error(none)) for step in steps):.1%}.")
+    return lines
 
 
 if __name__ == "__main__":

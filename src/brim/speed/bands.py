@@ -6,7 +6,7 @@ shipped ones: nothing says more about a machine than the machine.
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -36,10 +36,17 @@ def roofline_basis(device: Device) -> str:
 def time_range(seconds: float, *, basis: str, identity: str) -> tuple[float, float] | None:
     """Seconds, low and high; None where no error of this basis is known."""
     own = own_errors(basis, identity)
-    errors = sorted(own if len(own) >= FEWEST_RUNS else shipped_errors().get(basis, ()))
+    errors = own if len(own) >= FEWEST_RUNS else shipped_errors().get(basis, ())
     if not errors:
         return None
-    return seconds * (1 + _quantile(errors, _OUTSIDE)), seconds * (1 + _quantile(errors, 1 - _OUTSIDE))
+    low, high = spread(errors)
+    return seconds * (1 + low), seconds * (1 + high)
+
+
+def spread(errors: Iterable[float]) -> tuple[float, float]:
+    """Between which four of five lie."""
+    ordered = sorted(errors)
+    return _quantile(ordered, _OUTSIDE), _quantile(ordered, 1 - _OUTSIDE)
 
 
 @cache
