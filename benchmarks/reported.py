@@ -7,14 +7,18 @@ well specified, and one that gives a share of the peak alone says how fast only 
 import csv
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from benchmarks.published import DATA, Case, Missing, device_of, spec_of
 
 from brim.errors import BrimError
+from brim.hardware import Device
 from brim.recipe import Recipe
 
 _MODELS = {"Llama-3.1-8B": "meta-llama/Llama-3.1-8B", "MPT 7B": "mosaicml/mpt-7b", "MPT 13B": "mosaicml/mpt-13b"}
 _DEVICES = {"H100-80GB-SXM": "h100", "A100-80GB-SXM": "a100", "H100 96GB 500W": "h100", "RTX 4090": "rtx-4090"}
+_GRAND_TETON = ("H100 96GB 500W", 2.4e12, (835 + 989) / 2 / 989)
+"""torchtitan's H100s: HBM2e of 2.4 TB/s, and at 500 W a peak between an NVL's and an SXM's (its footnote 2)."""
 _PER_NODE = 8
 _SHARDINGS = {"FULL_SHARD": ["library.sharding=fsdp1"], "FSDP2": []}
 """llm-foundry's Composer wraps with FSDP1."""
@@ -56,4 +60,13 @@ def _case(row: Mapping[str, str]) -> Case:
         recipe = Recipe(model=spec.name).with_settings(settings)
     except BrimError as error:
         raise Missing(str(error)) from None
-    return Case(spec=spec, recipe=recipe, device=device_of(_DEVICES[row["gpu"]]))
+    return Case(spec=spec, recipe=recipe, device=_device(row["gpu"]))
+
+
+def _device(gpu: str) -> Device:
+    device = device_of(_DEVICES[gpu])
+    name, bytes_per_s, share = _GRAND_TETON
+    if gpu != name:
+        return device
+    flops = {number_format: share * rate for number_format, rate in device.flops.items()}
+    return replace(device, flops=flops, bandwidth_bytes_per_s=bytes_per_s)
