@@ -21,11 +21,10 @@ from typing import Literal
 
 import torch
 from benchmarks.kept import Kept, key_of
-from benchmarks.step_time import measured_s
+from benchmarks.step_time import measured_s, processor
 
-from brim.hardware import Device
 from brim.hardware.calibrate import operator_rates
-from brim.hardware.operator_rates import SIZES, OperatorRates, key
+from brim.hardware.operator_rates import OperatorRates
 from brim.models import describe
 from brim.planning import Constraints, NothingFitsError, Offer, plan
 from brim.recipe import Recipe
@@ -99,7 +98,7 @@ class Grid:
         self._kept = Kept(place / ("busy.jsonl" if busy else "cells.jsonl"))
         self._rates_file = place / ("busy_rates.json" if busy else "rates.json")
         self.spec = describe(MODEL)
-        self.device = _device(self._rates())
+        self.device = processor(self._rates())
 
     def missing(self, recipes: Sequence[Recipe]) -> list[Recipe]:
         return [recipe for recipe in recipes if self._key(recipe) not in self._kept]
@@ -151,20 +150,6 @@ def grid() -> Iterator[Recipe]:
     for settings, rows, kind in product(METHODS, ROWS, CHECKPOINTING):
         batch = [f"micro_batch_size={rows}", f"grad_accumulation={BATCH // rows}"]
         yield base.with_settings([*batch, f"memory.activation_checkpointing={kind}", *settings])
-
-
-def _device(rates: OperatorRates) -> Device:
-    fp32, bf16 = (rates.rates[key("square", name)] for name in ("fp32", "bf16"))
-    return Device(
-        name="cpu",
-        kind="cpu",
-        memory_bytes=2**35,
-        memory_free_bytes=2**35,
-        flops={"fp32": fp32, "bf16": bf16, "fp16": bf16},
-        bandwidth_bytes_per_s=rates.rates[key("in-place", "fp32", SIZES[-1])],
-        cores=torch.get_num_threads(),
-        operators=rates,
-    )
 
 
 def compare(place: Grid, cells: Sequence[Cell], budget_bytes: int, method: Method) -> str | None:

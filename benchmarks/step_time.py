@@ -108,7 +108,7 @@ def _timed(
     recipe = recipe.with_settings([f"memory.attention={spec.attention}", *settings])
     meter = OperatorMeter()
     rehearse_trace(spec, recipe, operators=meter)
-    predicted = {OPERATORS: meter.work.seconds(rates), CPU_ROOFLINE: step_time(spec, recipe, _device(rates))}
+    predicted = {OPERATORS: meter.work.seconds(rates), CPU_ROOFLINE: step_time(spec, recipe, processor(rates))}
     words = [setting.partition("=")[2] for setting in settings]
     return Timed(
         name=" ".join([model, f"{rows}x{seq_len}", *words]),
@@ -129,16 +129,19 @@ def measured_s(recipe: Recipe, spec: ModelSpec, clock: Callable[[], float], *, s
     return median(seconds[1:])
 
 
-def _device(rates: OperatorRates) -> Device:
-    """The same machine as the roofline sees it: one peak for each format, one bandwidth."""
+def processor(rates: OperatorRates) -> Device:
+    """This machine by these rates: as the roofline sees it (one peak for each format, one bandwidth), and by operator;
+    its memory is no bound."""
+    fp32, bf16 = (rates.rates[key("square", name)] for name in ("fp32", "bf16"))
     return Device(
         name="cpu",
         kind="cpu",
-        memory_bytes=2**34,
-        memory_free_bytes=2**34,
-        flops={"fp32": rates.rates[key("square", "fp32")], "bf16": rates.rates[key("square", "bf16")]},
+        memory_bytes=2**35,
+        memory_free_bytes=2**35,
+        flops={"fp32": fp32, "bf16": bf16, "fp16": bf16},
         bandwidth_bytes_per_s=rates.rates[key("in-place", "fp32", SIZES[-1])],
-        cores=1,
+        cores=torch.get_num_threads(),
+        operators=rates,
     )
 
 
