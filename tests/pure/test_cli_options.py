@@ -33,6 +33,20 @@ def test_a_default_recipe_never_holds_all_logits(llama: Path) -> None:
     assert 'loss = "chunked"' in asked(llama).to_toml()
 
 
+def test_whole_bf16_weights_are_rounded_by_chance(llama: Path) -> None:
+    """What the default recipe trains without an FP32 copy is rounded so that small updates are not lost; all that has a
+    copy, is not BF16, is shared by devices or stepped otherwise is not."""
+    assert asked(llama).optimizer.rounding == "stochastic"
+    for setting in (
+        "optimizer.rounding=nearest", "precision.master=fp32", "method=lora", "optimizer.name=lion", "method=qat",
+        "library.adamw=foreach",
+    ):  # fmt: skip
+        assert asked(llama, setting).optimizer.rounding == "nearest", setting
+    assert asked(llama, "precision.weights=fp32", "precision.compute=fp32").optimizer.rounding == "nearest"
+    ddp = asked(llama, "parallel.devices_per_node=2", "parallel.sharding=ddp")
+    assert ddp.optimizer.rounding == "nearest" and not ddp.warnings()
+
+
 def test_what_cannot_come_in_chunks_is_whole(llama: Path) -> None:
     """Another library's loss and a classifier have the full loss of themselves, without a word."""
     for setting in ("library.loss=transformers-4.46", "task=sequence-classification"):
@@ -53,4 +67,6 @@ def test_what_a_plan_says_to_type_next_is_its_recipe(llama: Path) -> None:
     """The settings that a recipe has beside the default one bring it back, the full loss among them."""
     start = default_recipe(describe(str(llama)), str(llama))
     wanted = Recipe(model=str(llama), seq_len=32, memory=Memory(loss="full", activation_checkpointing="full"))
-    assert asked(llama, *wanted.settings(start)) == wanted
+    for recipe in (wanted, wanted.with_settings(["optimizer.rounding=stochastic"])):
+        whole = start.with_values({"optimizer.rounding": recipe.best_rounding})
+        assert asked(llama, *recipe.settings(whole)) == recipe

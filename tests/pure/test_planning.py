@@ -339,13 +339,17 @@ def test_among_equally_fast_recipes_fp32_copies_come_first() -> None:
 
 
 def test_pure_bf16_full_fine_tuning_carries_a_caution() -> None:
-    """A recipe that trains all weights in BF16 without a copy says so; with a copy it does not."""
-    result = planned(Rehearsal(64 * GIB), Constraints(method="full", global_batch_size=1))
-    for prediction in result.recipes:
-        pure = (
-            prediction.recipe["precision"]["weights"] == "bf16" and prediction.recipe["precision"]["master"] == "none"
-        )
-        assert pure == any("without an FP32 copy" in reason for reason in prediction.reasons)
+    """A recipe that trains all weights in BF16 without a copy says so, where they are rounded to nearest; AdamW's are
+    rounded by chance unless nearest is pinned."""
+    for pinned in ((), ("optimizer.rounding=nearest",)):
+        result = planned(Rehearsal(64 * GIB), Constraints(method="full", global_batch_size=1, settings=pinned))
+        for prediction in result.recipes:
+            precision, optimizer = prediction.recipe["precision"], prediction.recipe["optimizer"]
+            alone = precision["weights"] == "bf16" and precision["master"] == "none"
+            by_chance = alone and optimizer["name"].startswith("adamw") and not pinned
+            assert optimizer["rounding"] == ("stochastic" if by_chance else "nearest")
+            pure = alone and not by_chance
+            assert pure == any("without an FP32 copy" in reason for reason in prediction.reasons)
 
 
 def test_a_saved_recipe_reads_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

@@ -95,7 +95,10 @@ def recipe_of(
         asked = [*_loss(asked), *asked]
     if method == "qlora" and not recipe.precision.packed:
         asked.insert(0, "precision.weights=nf4")
-    return recipe.with_settings([*_sharding(recipe, asked), *asked]), spec
+    recipe = recipe.with_settings([*_sharding(recipe, asked), *asked])
+    if not source.endswith(".toml") and not any(setting.startswith("optimizer.rounding=") for setting in asked):
+        recipe = recipe.with_values({"optimizer.rounding": recipe.best_rounding})
+    return recipe, spec
 
 
 def default_recipe(spec: ModelSpec, source: str, *, new_tokens: int = 0) -> Recipe:

@@ -136,4 +136,5 @@ def _remarks(result: Plan) -> Iterator[str]:
 def _settings_of(prediction: Prediction, start: Recipe) -> str:
     """`--set key=value`, as a shell reads it, for each key in which the recipe differs from the start."""
     recipe = replace(Recipe.from_dict(prediction.recipe), model=start.model)  # as it was typed
+    start = start.with_values({"optimizer.rounding": recipe.best_rounding})
     return " ".join(f"--set {shlex.quote(setting)}" for setting in recipe.settings(start))

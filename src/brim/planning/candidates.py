@@ -72,6 +72,8 @@ def kinds(spec: ModelSpec, constraints: Constraints) -> list[tuple[Recipe, tuple
     for settings in _combinations(spec, base, constraints):
         try:
             recipe = _in_whole_groups(spec, base.with_values(settings), constraints)
+            if "optimizer.rounding" not in constraints.pinned:
+                recipe = replace(recipe, optimizer=replace(recipe.optimizer, rounding=recipe.best_rounding))
             batches = batches_of(recipe, constraints)
         except UsageError as error:
             refusal = refusal or error

@@ -112,10 +112,10 @@ def rank(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
 
 def caution(recipe: Recipe) -> str | None:
     """What to know before training this recipe, if anything."""
-    if loses_updates(recipe) and recipe.method == "full":
+    if loses_updates(recipe) and recipe.method == "full" and recipe.optimizer.rounding == "nearest":
         return (
             "all weights are trained in BF16 without an FP32 copy: updates below 1/256 of a weight are lost; "
-            'precision.master = "fp32" avoids it'
+            'optimizer.rounding = "stochastic" or precision.master = "fp32" avoids it'
         )
     return None
 

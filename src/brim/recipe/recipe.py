@@ -94,6 +94,14 @@ class Recipe:
         return weights
 
     @property
+    def best_rounding(self) -> Literal["nearest", "stochastic"]:
+        """By chance, where whole BF16 weights have no FP32 copy and it can be: to nearest, they would hardly move."""
+        alone = self.precision.weights == "bf16" and self.precision.master == "none" and self.method == "full"
+        can = self.optimizer.name in ("adamw", "adamw8bit") and self.library.adamw == "fused"
+        copied = self.parallel.sharding not in ("none", "zero2", "zero3") or self.parallel.tensor > 1
+        return "stochastic" if alone and can and not copied else "nearest"
+
+    @property
     def target_len(self) -> int:
         """Tokens of a target row."""
         return self.target_seq_len or self.seq_len
