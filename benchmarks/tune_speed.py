@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
+from brim.cli.options import recipe_of
 from brim.memory.measured import CpuMeter
 from brim.models import describe
 from brim.models.quiet import quiet_transformers
 from brim.models.weights import local_directory
-from brim.recipe import Optimizer, Recipe, Training
+from brim.recipe import Recipe
 from brim.training.build import build
 from brim.training.data import tokenize
 from brim.training.dataset import DataSet
@@ -36,28 +37,21 @@ DATA = Path(__file__).parents[1] / "src" / "brim" / "training" / "data" / "gsm8k
 STEPS = int(os.environ.get("BRIM_BENCH_STEPS", "8"))
 THREADS = torch.get_num_threads()
 UNTIMED = 2
-PEERS = {
-    "trainer": (),
-    "sft": (
-        "trl==1.16.0", "datasets==5.2.0", "pyarrow==26.0.1", "pandas==3.1.1", "python-dateutil==4.0.0", "dill==0.4.1",
-        "multiprocess==0.70.19", "xxhash==4.1.0", "aiohttp==3.14.5", "aiohappyeyeballs==2.7.1", "aiosignal==1.4.0",
-        "attrs==26.1.0", "frozenlist==1.8.0", "multidict==7.2.1", "propcache==0.5.4", "yarl==1.25.1",
-    ),
-}  # fmt: skip
-"""What each needs beside what Brim needs; without their own dependencies."""
+PEERS = {"trainer": None, "sft": Path(__file__).with_name("requirements-tune-peer.txt")}
+"""What each needs beside what Brim needs."""
 
-PLAIN = Recipe(
-    model=MODEL,
-    seq_len=512,
-    micro_batch_size=4,
-    optimizer=Optimizer(learning_rate=2e-5),
-    training=Training(max_steps=STEPS, schedule="constant", learn="all"),  # as others do
-).with_settings([f"memory.loss={describe(MODEL).loss}"])  # as of `brim tune MODEL`
+
+def own(method: str, *settings: str) -> Recipe:
+    """What `brim tune smollm2-135m` does of itself, in the others' shape; they learn prompts, too."""
+    shared = [f"training.max_steps={STEPS}", "training.schedule=constant", "training.learn=all"]
+    return recipe_of(MODEL, method=method, seq_len=512, micro_batch_size=4, settings=[*shared, *settings])[0]
+
+
+PLAIN = own("full", "optimizer.learning_rate=2e-5")
 RECIPES = {
     "default": PLAIN,
     "all levers": PLAIN.with_settings(
         [
-            "optimizer.rounding=stochastic",
             "memory.activation_checkpointing=full",
             "optimizer.name=adamw8bit",
             "optimizer.in_backward=true",
@@ -66,7 +60,7 @@ RECIPES = {
     ),
 }
 """Levers that change the arithmetic: BF16 weights, how updates are rounded, 8-bit states, no clipping."""
-LORA = PLAIN.with_settings(["method=lora", "optimizer.learning_rate=2e-4"])
+LORA = own("lora", "optimizer.learning_rate=2e-4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +114,7 @@ def peer(name: str, recipe: Recipe, data: DataSet, weights: Path, place: Path) -
     path.write_text(json.dumps(job), encoding="utf-8")
     found = environment(place / name, PEERS[name])
     if found is None:
-        return f"{' '.join(PEERS[name])} cannot be installed here"
+        return f"cannot be installed here: {PEERS[name]}"
     python, paths = found
     script = Path(__file__).with_name("tune_peer.py")
     run = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
@@ -131,14 +125,14 @@ def peer(name: str, recipe: Recipe, data: DataSet, weights: Path, place: Path) -
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def environment(home: Path, packages: tuple[str, ...]) -> tuple[Path, list[str]] | None:
+def environment(home: Path, packages: Path | None) -> tuple[Path, list[str]] | None:
     """A Python that has these packages of its own before those of this environment; None where pip has none."""
     shared = [path for path in sys.path if path.endswith(("site-packages", "src"))]
-    if not packages:
+    if packages is None:
         return Path(sys.executable), shared
     venv.create(home, system_site_packages=False, with_pip=True)
     python = home / "bin" / "python"
-    command = [str(python), "-m", "pip", "install", "-q", "--no-deps", *packages]
+    command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "-r", str(packages)]
     if subprocess.run(command, capture_output=True, text=True).returncode:
         return None
     return python, [str(next((home / "lib").glob("python*/site-packages"))), *shared]
