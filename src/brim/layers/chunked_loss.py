@@ -24,6 +24,9 @@ from brim.layers.soft_labels import SoftLabels, cross_entropy
 Finish = Callable[[Tensor], Tensor]
 """What a model does to its logits after the head (softcap, scale), elementwise."""
 
+Target = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""FP32 logits, which it may write over -> their loss, and its gradient by them."""
+
 _CHUNK_BYTES = 32 * 2**20
 """FP32 logits of one chunk: large enough for efficient matmuls, small beside any model."""
 
@@ -108,13 +111,12 @@ def _add_chunk(
     total: Tensor,
 ) -> None:
     """Add the loss of these rows to `total`; into `grad_NH` their gradient by the hidden states (None: none learns)."""
-    hidden_CH = hidden_NH[rows].to(weight_VH.dtype)
+    hidden_CH, learns = hidden_NH[rows].to(weight_VH.dtype), grad_NH is not None
     said = None if soft is None else soft.mapped(lambda tensor: tensor[rows])
-    target = partial(cross_entropy, labels_N=labels_N[rows], soft=said, share=share)
-    loss, grad_CV = _loss_and_gradient(hidden_CH, weight_VH, head.bias, target, finish, grad_NH is not None)
-    total += loss * scale
+    target = _target(labels_N[rows], said, share, scale, learns)
+    loss, grad_CV = _loss_and_gradient(hidden_CH, weight_VH, head.bias, target, finish, learns)
+    total += loss
     if grad_NH is not None and grad_CV is not None:
-        grad_CV *= scale
         grad_NH[rows] = grad_CV @ weight_VH
         _add_head_gradient(head, grad_CV, hidden_CH)
 
@@ -123,19 +125,51 @@ def _loss_and_gradient(
     hidden_CH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
-    target: Callable[[Tensor], Tensor],
+    target: Target,
     finish: Finish,
     learns: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk, and its gradient by the head's raw logits in the matmul's dtype."""
+    """Loss of a chunk, and its gradient by the head's raw logits in the matmul's dtype."""
     raw_CV = F.linear(hidden_CH, weight_VH, None if bias_V is None else bias_V.detach().to(weight_VH.dtype))
     with torch.set_grad_enabled(learns):
-        raw_CV.requires_grad_(learns)
-        loss = target(finish(raw_CV).float())
-    if not learns:
+        finished_CV = finish(raw_CV.requires_grad_(learns))
+    is_raw = finished_CV is raw_CV
+    # what a finish keeps for its own backward must not be written over
+    loss, grad_CV = target(finished_CV.detach().to(torch.float32, copy=not is_raw))
+    if grad_CV is None:
         return loss, None
-    (grad_CV,) = torch.autograd.grad(loss, raw_CV)
-    return loss.detach(), grad_CV
+    grad_CV = grad_CV.to(raw_CV.dtype)
+    return loss, grad_CV if is_raw else torch.autograd.grad(finished_CV, raw_CV, grad_CV)[0]
+
+
+def _target(labels_C: Tensor, soft: SoftLabels | None, share: float, scale: float, learns: bool) -> Target:
+    if soft is None and learns:
+        return partial(_softmax_loss, labels_C=labels_C, scale=scale)
+    return partial(_traced_loss, labels_C=labels_C, soft=soft, share=share, scale=scale, learns=learns)
+
+
+def _softmax_loss(logits_CV: Tensor, *, labels_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`scale` times the summed cross-entropy, and its gradient written over the logits.
+
+    As autograd's, but for one FP32 tensor of the logits' size where that has three.
+    """
+    weights_C1 = (labels_C != IGNORED).to(torch.float32).mul_(scale)[:, None]
+    chosen_C1 = labels_C.clamp(min=0)[:, None]
+    logits_CV -= logits_CV.amax(-1, keepdim=True)
+    picked_C1 = logits_CV.gather(-1, chosen_C1)
+    total_C1 = logits_CV.exp_().sum(-1, keepdim=True)
+    loss = ((total_C1.log() - picked_C1) * weights_C1).sum()
+    logits_CV *= weights_C1 / total_C1
+    return loss, logits_CV.scatter_add_(-1, chosen_C1, -weights_C1)
+
+
+def _traced_loss(
+    logits_CV: Tensor, *, labels_C: Tensor, soft: SoftLabels | None, share: float, scale: float, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same by autograd, with a teacher; or without a gradient."""
+    with torch.set_grad_enabled(learns):
+        loss = cross_entropy(logits_CV.requires_grad_(learns), labels_C, soft, share) * scale
+    return loss.detach(), torch.autograd.grad(loss, logits_CV)[0] if learns else None
 
 
 def _add_head_gradient(head: nn.Linear, grad_CV: Tensor, hidden_CH: Tensor) -> None:
