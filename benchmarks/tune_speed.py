@@ -130,8 +130,9 @@ def environment(home: Path, packages: Path | None) -> tuple[Path, list[str]] | N
     shared = [path for path in sys.path if path.endswith(("site-packages", "src"))]
     if packages is None:
         return Path(sys.executable), shared
-    venv.create(home, system_site_packages=False, with_pip=True)
     python = home / "bin" / "python"
+    if not python.exists():
+        venv.create(home, system_site_packages=False, with_pip=True)
     command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "-r", str(packages)]
     if subprocess.run(command, capture_output=True, text=True).returncode:
         return None
