@@ -85,7 +85,9 @@ class Int8Nibbles:
 
     def product(self, input_TK: Tensor, held: Tensors) -> Tensor:
         """(T, R) by the kernel, which is the faster way for few tokens."""
-        return int4_product(input_TK.repeat(1, 2), held["weight"], held["scale"], self.group_size(held))
+        return nibbles_product(
+            input_TK, weight=held["weight"], scale_SR2=held["scale"].contiguous(), group_size=self.group_size(held)
+        )
 
     def product_by_blocks(self, input_TK: Tensor, held: Tensors, *, elements: int) -> Tensor:
         """(T, R) with so many codes unpacked at a time, whole blocks of them; scales come last."""
@@ -103,9 +105,10 @@ class Int8Nibbles:
         return _group_size(held["weight"].shape[1])
 
 
-def int4_product(input_TK: Tensor, weight: Tensor, scale_SR2: Tensor, group_size: int) -> Tensor:
-    """(T, R) by the INT4 kernel, which takes scales for whole in memory."""
-    return torch.ops.aten._weight_int4pack_mm_for_cpu.default(input_TK, weight, group_size, scale_SR2.contiguous())
+def nibbles_product(input_TK: Tensor, *, weight: Tensor, scale_SR2: Tensor, group_size: int) -> Tensor:
+    """(T, R) of scales that lie whole in memory."""
+    # not `repeat`, which takes six times as long: half as long as the product of one token
+    return torch._weight_int4pack_mm_for_cpu(torch.cat((input_TK, input_TK), -1), weight, group_size, scale_SR2)
 
 
 def _group_size(inputs: int) -> int:

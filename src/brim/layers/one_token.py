@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from brim.layers.int8_nibbles import IS_KNOWN_ORDER, OUTPUTS, Int8Nibbles, int4_product
+from brim.layers.int8_nibbles import IS_KNOWN_ORDER, OUTPUTS, Int8Nibbles, nibbles_product
 from brim.layers.packed_linear import PackedLinear
 from brim.layers.packing import Int4Kernel, Int8, Packing, Tensors
 from brim.layers.products import has_int8_kernel
@@ -110,11 +110,19 @@ def _multiply(packing: Packing, held: Tensors, compute: torch.dtype) -> Multiply
     if packing == Int8() and has_int8_kernel(held["weight"], compute):
         return partial(_int8_product, held["weight"], held["scale"].view(-1))
     if isinstance(packing, Int8Nibbles):
-        return partial(packing.product, held=held)
+        group_size = packing.group_size(held)
+        return partial(
+            nibbles_product, weight=held["weight"], scale_SR2=held["scale"].contiguous(), group_size=group_size
+        )
     if isinstance(packing, Int4Kernel):
-        return partial(int4_product, weight=held["weight"], scale_SR2=held["scale"], group_size=packing.group_size)
+        scale_SR2 = held["scale"].contiguous()
+        return partial(_int4_product, weight=held["weight"], scale_SR2=scale_SR2, group_size=packing.group_size)
     return None
 
 
 def _int8_product(weight_RK: Tensor, scale_R: Tensor, input_1K: Tensor) -> Tensor:
     return torch._weight_int8pack_mm(input_1K, weight_RK, scale_R)
+
+
+def _int4_product(input_1K: Tensor, *, weight: Tensor, scale_SR2: Tensor, group_size: int) -> Tensor:
+    return torch._weight_int4pack_mm_for_cpu(input_1K, weight, group_size, scale_SR2)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from brim.layers.int8_nibbles import Int8Nibbles, int4_product
+from brim.layers.int8_nibbles import Int8Nibbles
 from brim.layers.packing import Int4Kernel, Int8, Nf4, Packing, Tensors
 
 _FEW_ROWS = 16
@@ -64,7 +64,9 @@ def _product(input_TK: Tensor, packing: Packing, held: Tensors, rows: int, compu
             return packing.product(input_TK, held)
         return packing.product_by_blocks(input_TK, held, elements=_BLOCK_ELEMENTS)
     if isinstance(packing, Int4Kernel):
-        return int4_product(input_TK.contiguous(), held["weight"], held["scale"], packing.group_size)
+        return torch._weight_int4pack_mm_for_cpu(
+            input_TK.contiguous(), held["weight"], packing.group_size, held["scale"].contiguous()
+        )
     return _by_blocks(input_TK, packing, held, rows, compute)
 
 
