@@ -58,7 +58,9 @@ class Trace:
         self.moments.append((moment, len(self._events)))
 
     def moment_peaks(self) -> list[tuple[str, int]]:
-        """Each moment's highest live bytes; what lives when it begins counts."""
+        """Each moment's highest live bytes, of the moments that were begun; what lives when one begins counts."""
+        if not self.moments:
+            return []
         peaks, live, done = list[tuple[str, int]](), 0, 0
         ends = [start for _, start in self.moments[1:]] + [len(self._events)]
         for (name, start), end in zip(self.moments, ends, strict=True):
