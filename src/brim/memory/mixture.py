@@ -18,6 +18,10 @@ class Mixture:
     num_experts: int
     hidden_size: int
     width: int
+    visited: int
+    """Experts, by a token."""
+    shared_width: int
+    """Of the experts that all tokens visit, as one."""
     has_own_layout: bool
 
     @property
@@ -29,6 +33,12 @@ class Mixture:
         """Of one block: gate and up are one tensor, and adapted with twice the rank."""
         each = 2 * (self.hidden_size + 2 * self.width) + self.hidden_size + self.width
         return 0 if self.has_own_layout else rank * self.num_experts * each
+
+    def routed_elements(self, recipe: Recipe) -> int:
+        """Of a token, beside what its experts' widths take: what each gives and, where they learn, what each is given;
+        gate, act(gate), up and their product of the shared ones."""
+        learns = recipe.trains_weights or (recipe.adapts and not recipe.precision.packed)
+        return (1 + learns) * self.visited * self.hidden_size + 4 * self.shared_width
 
     def merged_weights(self, recipe: Recipe) -> int:
         """PEFT adds adapters to the weights of all experts before their product, which keeps the sums of a block."""
@@ -45,5 +55,7 @@ def mixture(spec: ModelSpec) -> Mixture | None:
         num_experts=spec.first(key),
         hidden_size=spec.hidden_size,
         width=spec.first("moe_intermediate_size", default=spec.intermediate_size),
+        visited=spec.first("num_experts_per_tok", default=1),
+        shared_width=int(spec.config.get("n_shared_experts") or 0) * spec.first("moe_intermediate_size", default=1),
         has_own_layout=spec.model_type in _OWN_LAYOUT,
     )

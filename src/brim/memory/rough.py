@@ -90,6 +90,13 @@ def _feed_width(spec: ModelSpec) -> int:
     return int(per_token) * spec.first("moe_intermediate_size", default=spec.intermediate_size)
 
 
+def _joined_width(spec: ModelSpec) -> int:
+    """Of queries and keys that latent attention puts together, each of a part with positions and one without."""
+    if spec.config.get("qk_nope_head_dim") is None:
+        return 0
+    return 2 * spec.num_heads * (spec.first("qk_nope_head_dim") + spec.first("qk_rope_head_dim"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
     spec: ModelSpec
@@ -155,7 +162,10 @@ class _Parts:
         recipe, spec = self.recipe, self.spec
         if scan.scans(spec):
             return scan.block_bytes(spec, self._tokens, self._compute_bytes, trained=recipe.trains_weights)
-        linear = self._compute_bytes * self._tokens * (12 * spec.hidden_size + 4 * _feed_width(spec))
+        width = 12 * spec.hidden_size + 4 * _feed_width(spec) + _joined_width(spec)
+        if self.mixture is not None and not self.mixture.has_own_layout:
+            width += self.mixture.routed_elements(recipe)
+        linear = self._compute_bytes * self._tokens * width
         length = max(recipe.seq_len, recipe.target_len if recipe.task == "seq2seq-lm" else 0)
         scores = (4 + 2 * self._compute_bytes) * recipe.micro_batch_size * spec.num_heads * length**2
         return linear + (scores if recipe.memory.attention == "eager" else 0) + self.merged
