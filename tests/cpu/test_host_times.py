@@ -1,5 +1,7 @@
 """What published steps teach of the host."""
 
+from dataclasses import replace
+
 import pytest
 from benchmarks.host_times import Step, covered, learned, left_out
 from benchmarks.published import Case
@@ -52,3 +54,10 @@ def test_a_range_holds_those_that_are_like_the_others() -> None:
     alike = [step(str(n), working_s=9.0, python=1, engine=1, units=0, slower=1 + n % 3 / 100) for n in range(9)]
     odd = step("odd", working_s=9.0, python=1, engine=1, units=0, slower=2)
     assert covered([*alike, odd], source_of) == pytest.approx(0.9)
+
+
+def test_a_host_that_asks_the_device_works_in_turns_with_it() -> None:
+    """What Python asks for is added to the device's time, and not hidden by it; the engine runs ahead all the same."""
+    ahead = Parts(working_s=2.0, python_operators=5000, engine_operators=4000, adapter_units=0, block_units=0)
+    assert ahead.busy_s(HOST) == 2.0
+    assert replace(ahead, asks_device=True).busy_s(HOST) == pytest.approx(2.0 + 5000 * HOST.python_s)

@@ -66,6 +66,8 @@ class Parts:
     adapter_units: int
     """Of all micro-batches, as are a block's."""
     block_units: int
+    asks_device: bool = False
+    """Python waits for numbers from the device again and again, so that it never runs ahead of it."""
 
     def launching_s(self, host: HostTimes) -> float:
         """The host's, for asking for everything. Views take a small part of an operator's time, and are left out."""
@@ -74,7 +76,8 @@ class Parts:
 
     def busy_s(self, host: HostTimes) -> float:
         """Of one device, communication aside."""
-        return max(self.working_s, self.launching_s(host)) + self.block_units * host.unit_s
+        in_turn_s = self.python_operators * host.python_s if self.asks_device else 0.0
+        return max(self.working_s + in_turn_s, self.launching_s(host)) + self.block_units * host.unit_s
 
 
 @cache
@@ -111,7 +114,18 @@ def parts_of(work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device) ->
         engine_operators=asked["autograd"],
         adapter_units=recipe.grad_accumulation * adapter_units(spec, recipe),
         block_units=recipe.grad_accumulation * block_units(spec, recipe),
+        asks_device=_asks_device(spec, recipe),
     )
+
+
+def _asks_device(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Packed experts are gone through one by one, each asking which tokens it got (layers/packed_experts.py, `routes`).
+
+    Of families with a row; others' are taken for plain feed-forwards.
+    """
+    if not (recipe.precision.packed and closed_form_knows(spec, recipe)):
+        return False
+    return any(stack.block.feed_forward.num_experts > 1 for stack in anatomy(spec).stacks)
 
 
 def kernels_s(work: StepWork, device: Device) -> float:
