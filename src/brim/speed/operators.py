@@ -54,6 +54,8 @@ class StepWork:
             self.attention[direction] += flops
         for kind, nbytes in other.passes.items():
             self.passes[kind] += nbytes
+        for kernel, count in other.kernels.items():
+            self.kernels[kernel] += count
         self.num_operators += other.num_operators
 
     def seconds(self, rates: OperatorRates) -> float:
