@@ -49,7 +49,8 @@ class Again:
         @wraps(piece)
         def repeated(*args: Any) -> Any:
             try:
-                key = (piece, self._meter.state, torch.is_grad_enabled(), _kind(args))
+                backward = torch._C._current_graph_task_id() != -1  # autograd's engine launches what it runs
+                key = (piece, self._meter.state, torch.is_grad_enabled(), backward, _kind(args))
                 hash(key)
             except TypeError:
                 return piece(*args)

@@ -141,12 +141,14 @@ class OperatorMeter:
     @contextmanager
     def apart(self) -> Iterator[StepWork]:
         """What is seen inside the block, alone; after it, with what was seen before."""
-        before, self.work = self.work, StepWork()
+        before = self.work
+        self.kernels.counts = defaultdict(float)
+        self.work = StepWork(kernels=self.kernels.counts)
         try:
             yield self.work
         finally:
             before.add(self.work)
-            self.work = before
+            self.work, self.kernels.counts = before, before.kernels
 
     def add(self, work: object) -> None:
         """What `apart` gave, once more."""
