@@ -67,6 +67,7 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
     for block in blocks_of(root):
         fully_shard(block, reshard_after_forward=recipe.parallel.sharding != "zero2", **settings)
     fully_shard(root, reshard_after_forward=False, **settings)
+    root.register_forward_hook(_divide_again)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the targets of all ranks already, so gradients are summed and not averaged.
@@ -83,6 +84,14 @@ def _fully_shard(root: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
             if recipe.library.sharding == "fsdp1" and recipe.adapts:
                 _gather_no_block_ahead(module)
     return root
+
+
+def _divide_again(root: nn.Module, _: object, __: object) -> None:
+    """What has no block is gathered until backward is done with it; without a backward, nothing else would divide it,
+    and checkpoints would write it whole."""
+    if not torch.is_grad_enabled():
+        assert isinstance(root, FSDPModule)
+        root.reshard()
 
 
 def casts_when_gathered(recipe: Recipe) -> bool:
