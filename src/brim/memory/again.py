@@ -16,10 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from brim.memory.lifetimes import LifetimeMeter, is_sharded, storage_of
 from brim.memory.trace import Block
 
+_CHECKPOINTS = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+"""In forward, and when it is run again."""
 _Event = tuple[bool, int, int, str]
 """Allocated or freed, which block of the piece, bytes, line."""
 _Made = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
@@ -48,6 +52,8 @@ class Again:
 
         @wraps(piece)
         def repeated(*args: Any) -> Any:
+            if _counts_operators():
+                return piece(*args)
             try:
                 backward = torch._C._current_graph_task_id() != -1  # autograd's engine launches what it runs
                 key = (piece, self._meter.state, torch.is_grad_enabled(), backward, _kind(args))
@@ -115,6 +121,11 @@ def _recorded(
     is_whole = storage_of(result).nbytes() == block.nbytes == result.numel() * result.itemsize
     is_its_own = meter.block_of(result) is block and block.line == meter.state[0]
     return _Record(tuple(events), made, work) if is_whole and is_its_own else None
+
+
+def _counts_operators() -> bool:
+    """Whether a selective checkpoint is at work: it keeps results by their number, so that none may lack."""
+    return any(isinstance(mode, _CHECKPOINTS) for mode in _get_current_dispatch_mode_stack())
 
 
 def _host_events(meter: LifetimeMeter) -> int:
