@@ -134,8 +134,8 @@ def _loss_and_gradient(
     with torch.set_grad_enabled(learns):
         finished_CV = finish(raw_CV.requires_grad_(learns))
     is_raw = finished_CV is raw_CV
-    # what a finish keeps for its own backward must not be written over
-    loss, grad_CV = target(finished_CV.detach().to(torch.float32, copy=not is_raw))
+    # a gradient is written over the logits: not over what a finish keeps for its own backward
+    loss, grad_CV = target(finished_CV.detach().to(torch.float32, copy=learns and not is_raw))
     if grad_CV is None:
         return loss, None
     grad_CV = grad_CV.to(raw_CV.dtype)
