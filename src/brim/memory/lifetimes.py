@@ -42,6 +42,9 @@ class OperatorListener(Protocol):
     def add(self, work: object) -> None:
         """The same as in such a block once more."""
 
+    def on_host(self, func: Any) -> None:
+        """Of an operator of the host's, which the device waits for."""
+
 
 class LifetimeMeter(PlainMode):
     """Counts the bytes of every storage born inside the `with` block, by owner."""
@@ -89,6 +92,8 @@ class LifetimeMeter(PlainMode):
             self.trace.free(self.trace.allocate(nbytes, self._line))
         if self.after is not None and self._place is self.trace:
             self.after(func, args, kwargs or {}, out)
+        elif self.after is not None:
+            self.after.on_host(func)
         return out
 
     def switch(self, line: str) -> None:

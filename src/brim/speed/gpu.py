@@ -19,6 +19,7 @@ import csv
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import get_args
 
 from brim.hardware import Device
 from brim.memory import kept
@@ -27,6 +28,7 @@ from brim.memory.rough import closed_form_knows
 from brim.models import ModelSpec
 from brim.recipe import Recipe
 from brim.speed.communication import communication_s, talking
+from brim.speed.kernels import Launcher
 from brim.speed.operators import StepWork
 from brim.speed.roofline import attention_flops, offloaded_s
 
@@ -104,13 +106,13 @@ def with_talk(busy_s: float, spec: ModelSpec, recipe: Recipe, device: Device) ->
 
 
 def parts_of(work: StepWork, spec: ModelSpec, recipe: Recipe, device: Device) -> Parts:
-    asked = dict.fromkeys(("python", "autograd"), 0.0)
+    asked = dict.fromkeys(get_args(Launcher), 0.0)
     for kernel, count in work.kernels.items():
-        if kernel.moved_bytes:
+        if kernel.moved_bytes or kernel.launcher == "host":
             asked[kernel.launcher] += count
     return Parts(
         working_s=kernels_s(work, device) + attention_s(spec, recipe, device),
-        python_operators=asked["python"],
+        python_operators=asked["python"] + asked["host"],
         engine_operators=asked["autograd"],
         adapter_units=recipe.grad_accumulation * adapter_units(spec, recipe),
         block_units=recipe.grad_accumulation * block_units(spec, recipe),

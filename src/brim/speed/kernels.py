@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from brim.hardware.operator_rates import Format
 
-Launcher = Literal["python", "autograd"]
-"""Code of the model or the optimizer, or the autograd engine."""
+Launcher = Literal["python", "autograd", "host"]
+"""Code of the model or the optimizer; the autograd engine; such code, of an operator that the host runs itself."""
 
 
 class Kernel(NamedTuple):
@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
     flops: float
     """Of its products."""
     moved_bytes: int
-    """Read and written; 0: a view."""
+    """Read and written; 0: a view, or nothing of the device's."""
 
 
 class KernelMeter:
@@ -57,6 +57,10 @@ class KernelMeter:
             self._inside.add(inputs, outputs, flops)
         else:
             self._count(operator, number_format, flops, sum(map(_touched_bytes, (*inputs, *outputs))))
+
+    def run_on_host(self, operator: str) -> None:
+        """An operator that the host runs itself: Python asks for it as for the device's, which it does not use."""
+        self.counts[Kernel(operator, "host", "fp32", 0.0, 0)] += 1
 
     def begin_kernel(self, given: object) -> None:
         """Operators from now on are one kernel, which reads what it is given."""

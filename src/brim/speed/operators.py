@@ -155,6 +155,11 @@ class OperatorMeter:
         assert isinstance(work, StepWork)
         self.work.add(work)
 
+    def on_host(self, func: Any) -> None:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in _NOTHING:
+            self.kernels.run_on_host(name)
+
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         name = func.overloadpacket.__name__
         if name in _NOTHING:
