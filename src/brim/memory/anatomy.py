@@ -114,6 +114,7 @@ class Anatomy:
     one_norm: bool
     caps_scores: bool
     caps_logits: bool
+    turns_logits: bool
     table_ranks: int = 1
     """Devices that share the rows of embedding and head; each gathers all logits."""
     embedding_width: int
@@ -223,6 +224,7 @@ def _anatomy(same: _Same) -> Anatomy:
         one_norm=family.one_norm and not spec.config.get("new_decoder_architecture"),
         caps_scores=bool(spec.config.get("attn_logit_softcapping", family.softcaps)),
         caps_logits=bool(spec.config.get("final_logit_softcapping", family.softcaps)),
+        turns_logits=family.turns_logits,
         table_ranks=int(spec.config.get(TABLE_RANKS, 1)),
         embedding_width=spec.first("word_embed_proj_dim", default=spec.hidden_size),
         ends_in_norm=bool(spec.config.get("do_layer_norm_before", True)),

@@ -311,12 +311,13 @@ class Step:
     def chunk_bytes(self) -> int:
         """Chunked loss in forward: one chunk's logits, their gradient by way of FP32, and their input's gradient.
 
-        FP32 logits turn into their gradient where they are, unless a cap keeps its results beside them.
+        FP32 logits turn into their gradient where they are, unless others are made of them before (by a cap two, by a
+        factor or a bias one), which stay beside.
         """
         t = self.terms
-        capped = 2 * t.compute_bytes if t.parts.caps_logits else 0
-        in_fp32 = (FP32 if capped else 0) if t.compute_bytes == FP32 else FP32 + t.compute_bytes
-        one = self.chunk_tokens * t.parts.vocab_size * (t.compute_bytes + capped + in_fp32)
+        others = t.compute_bytes * (2 if t.parts.caps_logits else t.parts.turns_logits)
+        in_fp32 = (FP32 if others else 0) if t.compute_bytes == FP32 else FP32 + t.compute_bytes
+        one = self.chunk_tokens * t.parts.vocab_size * (t.compute_bytes + others + in_fp32)
         return one + self.head_cast + t.weight_bytes * self.tokens * t.parts.hidden_size
 
     @property

@@ -49,6 +49,8 @@ class Family:
     attention_dropout: float = 0.0
     softcaps: bool = False
     """Attention's scores and the logits go through tanh, where the config is silent."""
+    turns_logits: bool = False
+    """A factor or a bias makes other logits of the head's."""
     unpacked: tuple[str, ...] = ()
     """Linears that transformers keeps in FP32, so that a packed base leaves them alone."""
 
@@ -57,7 +59,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
     "smollm3": Family(),
-    "granite": Family(),
+    "granite": Family(turns_logits=True),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm="heads"),
     "olmo2": Family(norm="rms-gemma", qk_norm="whole"),  # normalized after, not before: as many tensors
@@ -98,7 +100,9 @@ FAMILIES: dict[str, Family] = {
         norm="layer", gated=False, bias=True, positions=0, dropout=0.1, attention_dropout=0.1, activation="gelu",
     ),
     "opt": Family(norm="layer", gated=False, bias=True, positions=2, activation="relu", dropout=0.1),
-    "bart": Family(norm="layer", gated=False, bias=True, positions=2, activation="gelu", dropout=0.1),
+    "bart": Family(
+        norm="layer", gated=False, bias=True, positions=2, activation="gelu", dropout=0.1, turns_logits=True
+    ),
     "t5": Family(
         norm="rms-t5", gated=False, activation="relu", dropout=0.1, attention_dropout=0.1, unpacked=("wo",),
     ),
